@@ -25,7 +25,7 @@ PURE_CALLS = {
     "ord", "range", "reversed", "round", "set", "sorted", "str", "sum", "tuple", "zip", "Path", "Path.cwd", "TypeVar",
     "NewType", "bytes.fromhex", "chr", "collections.namedtuple", "dataclasses.field", "dict.fromkeys", "frozendict",
     "logging.getLogger", "MappingProxyType", "re.compile", "types.MappingProxyType", "typing.TypeVar", "bool",
-    "str.maketrans", "object",
+    "str.maketrans", "object", "repr", "bytearray", "divmod",
 }  # fmt: skip
 PURE_METHODS = {"split", "splitlines", "strip", "join", "items", "keys", "values", "encode", "format", "replace", "copy"}
 NODES_OF_A_VALUE = (
@@ -255,8 +255,8 @@ def check_export(chapter: Chapter, cell: Cell) -> list[str]:
                 name = ast.unparse(node.func)
                 method = isinstance(node.func, ast.Attribute) and node.func.attr in PURE_METHODS
                 if not (name in PURE_CALLS or method or name.startswith("math.")):
-                    complain(node, f"an exported cell works at import: {name}(...) is called at module level; "
-                                   "move the call into a function or an ordinary cell")  # fmt: skip
+                    complain(node, f"an exported cell works at import: it calls {name}(...) at module level; "
+                                   "move it into a function (functools.cache keeps its result)")  # fmt: skip
             elif not isinstance(node, NODES_OF_A_VALUE):
                 complain(value, f"an exported cell may not hold {type(node).__name__} at module level")
 
