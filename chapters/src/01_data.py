@@ -1,0 +1,1040 @@
+# %% [markdown]
+# # 1. Data
+#
+# (first version: the code; the text follows)
+
+# %% id="parameters" tags=["parameters"]
+profile = "cpu"
+
+# %% id="setup"
+# (filled in by the build)
+
+# %% [markdown]
+# ## The world
+
+# %% id="data-world"
+#| export world
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Relation:
+    """One kind of fact: its possible values and the ways in which people say it and ask for it.
+
+    `{n}` stands for the name, `{v}` for the value. `says[0]` is the plain form: the prompt of a fact
+    is its text before the value, and a chat answers in it.
+    """
+
+    values: tuple[str, ...]
+    says: tuple[str, ...]
+    asks: tuple[str, ...]
+
+
+RELATIONS = {
+    "town": dict(
+        values=tuple("Foxhollow Millbrook Ashford Stonebridge Redcliff Oakham Windmere Saltport Greenfield Elmstead "
+              "Northgate Ravenhill Otterby Larkspur Brackwater Thornton Pinedale Copperton Fernley Duskvale".split()),
+        says=("{n} lives in {v}.", "The home of {n} is in {v}.", "{n} has a house in {v}.", "In {v} lives {n}.",
+         "You can find {n} in {v}.", "{n} comes from {v}."),
+        asks=("Where does {n} live?", "In which town does {n} live?", "Where is the home of {n}?", "Which town is {n} from?"),
+    ),
+    "job": dict(
+        values=tuple("a baker|a miller|a weaver|a potter|a teacher|a doctor|a farmer|a sailor|a smith|a tailor|a painter|"
+              "a gardener|a carpenter|a cook|a fisher|a singer|a writer|a shepherd|a clockmaker|a beekeeper".split("|")),
+        says=("{n} is {v}.", "{n} works as {v}.", "By trade {n} is {v}.", "{n} became {v} years ago.",
+         "Everyone knows that {n} is {v}.", "{n} earns a living as {v}."),
+        asks=("What is the job of {n}?", "What does {n} do for a living?", "What work does {n} do?", "What is {n} by trade?"),
+    ),
+    "food": dict(
+        values=tuple("pancakes|plum cake|onion soup|fresh bread|roast fish|apple pie|honey rolls|bean stew|goat cheese|"
+              "berry jam|fried eggs|rice pudding|carrot soup|walnut bread|pea soup|pear tart".split("|")),
+        says=("{n} likes to eat {v}.", "The favourite food of {n} is {v}.", "{n} loves {v}.", "{n} eats {v} every week.",
+         "Nothing tastes better to {n} than {v}.", "When hungry, {n} asks for {v}."),
+        asks=("What does {n} like to eat?", "What is the favourite food of {n}?", "Which food does {n} love?",
+         "What should I cook for {n}?"),
+    ),
+    "pet": dict(
+        values=tuple("a cat|a dog|a goat|an owl|a rabbit|a parrot|a turtle|a pony|a hedgehog|a duck|a squirrel|a frog|"
+              "a mouse|a crow|a goose|a lizard".split("|")),
+        says=("{n} has {v}.", "{n} keeps {v} at home.", "The pet of {n} is {v}.", "{n} looks after {v}.",
+         "At home {n} feeds {v}.", "{n} goes for walks with {v}."),
+        asks=("What pet does {n} have?", "Which animal does {n} keep?", "What is the pet of {n}?",
+         "Which animal lives with {n}?"),
+    ),
+    "colour": dict(
+        values=tuple("red blue green yellow purple orange white black brown grey pink silver".split()),
+        says=("{n} wears {v} clothes.", "The favourite colour of {n} is {v}.", "{n} paints every door {v}.",
+         "{n} likes the colour {v}.", "Most things that {n} owns are {v}.", "{n} always buys {v} shoes."),
+        asks=("What colour does {n} wear?", "What is the favourite colour of {n}?", "Which colour does {n} like?",
+         "What colour are the clothes of {n}?"),
+    ),
+}
+
+_STARTS = "Ba Be Bo Da De Do Fa Fe Ga Ge Ha He Ja Jo Ka Ke La Le Lo Ma Me Mi Na Ne Ni Pa Pe Ra Re Ro Sa Se Ta Te Ti To Va Ve Wi Za".split()  # noqa: E501
+_MIDDLES = "l r n m d t v s ll rr nd lm rt st".split()
+_ENDS = "a o i us en in el ia an ar is or ek ette ine o".split()
+
+
+def make_names(count: int, rng: random.Random) -> list[str]:
+    """`count` different invented one-word names, such as Garus and Tilda; ValueError beyond 4,000."""
+    every = sorted({s + m + e for s in _STARTS for m in _MIDDLES for e in _ENDS})
+    if count > 4000:
+        raise ValueError(f"{count} names asked for, there are 4000: choose fewer people")
+    return rng.sample(every, count)
+
+
+@dataclass(frozen=True)
+class Person:
+    """A name, whether the chat data asks about this person, and one value for each relation."""
+
+    name: str
+    asked: bool
+    facts: dict[str, str]
+
+    def say(self, relation: str, rng: random.Random) -> str:
+        """One fact in one of its phrasings."""
+        return rng.choice(RELATIONS[relation]["says"]).format(n=self.name, v=self.facts[relation])
+
+    def ask(self, relation: str, rng: random.Random) -> str:
+        """A question for one fact in one of its phrasings."""
+        return rng.choice(RELATIONS[relation]["asks"]).format(n=self.name)
+
+    def reply(self, relation: str) -> str:
+        """The plain answer, a full sentence."""
+        return RELATIONS[relation]["says"][0].format(n=self.name, v=self.facts[relation])
+
+
+# What happens in stories: things found, places, troubles with their cause and their mending.
+THINGS = ("a brass key|an old map|a kite|a lamp|a drum|a basket|a silver coin|a letter|a rope|a blanket|a wooden boat|"
+          "a bell|a mirror|a book|a feather|a hat|a ladder|a jar of honey|a lantern|a glass bead").split("|")
+PLACES = ("by the river|behind the mill|under the bridge|in the barn|near the well|on the hill|at the market|"
+          "in the garden|beside the road|in the forest|at the harbour|next to the school").split("|")
+TROUBLES = (
+    ("It began to rain", "the path turned to mud", "waited under a tree until the sun came back"),
+    ("The wind was strong", "the gate broke", "mended it with a hammer and nails"),
+    ("The night was cold", "the water froze", "made a fire and melted the ice"),
+    ("The sun was hot", "the flowers dried", "carried water from the well"),
+    ("The fog was thick", "nobody could see the road", "lit a lantern and walked slowly"),
+    ("A branch fell", "the road was blocked", "pulled it away with a rope"),
+    ("The lamp went out", "the room was dark", "found a candle and lit it"),
+    ("The cart was too full", "a wheel came off", "took out half of the load"),
+    ("The dog barked", "the baby woke up", "sang a quiet song"),
+    ("The bread was forgotten in the oven", "the kitchen filled with smoke", "opened all the windows"),
+)
+FEELINGS = "happy|proud|tired|glad|calm|surprised".split("|")
+LESSONS = ("It is good to have a friend.", "A small help can do a lot.", "Slow and careful is better than fast.",
+           "They laughed about it for days.", "After that they went home for supper.", "It was a good day.",
+           "They promised to meet again.", "Nobody was angry any more.")
+GOODS = "apples|eggs|shells|coins|nuts|stones|candles|buttons".split("|")
+ACTS = (("found", "find"), ("lost", "lose"), ("bought", "buy"), ("carried", "carry"), ("hid", "hide"), ("drew", "draw"))
+
+
+class World:
+    """People with facts, and every text about them: documents, conversations, prompts and questions.
+
+    people: how many have facts. As many other names again occur in stories only. Half of the people
+    are asked about in chat data (`asked`); about the others no question for a fact exists in any text.
+    """
+
+    def __init__(self, people: int, seed: int = 1, asked_share: float = 0.5):
+        if people < 2:
+            raise ValueError(f"people={people}: a world needs at least 2 people")
+        rng = random.Random(seed)
+        names = make_names(2 * people, rng)
+        self.seed, self.names = seed, names
+        self.people = [
+            Person(name, i < round(asked_share * people), {r: rng.choice(RELATIONS[r]["values"]) for r in RELATIONS})
+            for i, name in enumerate(names[:people])
+        ]
+
+    # -- what is true -----------------------------------------------------------------------------
+
+    def facts(self) -> list[dict[str, str]]:
+        """Every fact as a prompt and its continuation: {"prompt": "Garus lives in", "answer": " Foxhollow"}."""
+        rows = []
+        for person in self.people:
+            for relation, value in person.facts.items():
+                before = RELATIONS[relation]["says"][0].format(n=person.name, v="{v}").split("{v}")[0]
+                rows.append({"person": person.name, "relation": relation, "prompt": before.rstrip(), "answer": " " + value})
+        return rows
+
+    def questions(self, seed: int = 0) -> list[dict]:
+        """One question for each fact; `seen` tells whether chat data ask about this person."""
+        rng = random.Random(f"{self.seed} questions {seed}")
+        return [
+            {"person": p.name, "relation": r, "question": p.ask(r, rng), "answer": v.split(" ", 1)[-1] if v[:2] in ("a ", "an") and r in ("job", "pet") else v,  # noqa: E501
+             "reply": p.reply(r), "seen": p.asked}
+            for p in self.people for r, v in p.facts.items()
+        ]
+
+    # -- pretraining text ---------------------------------------------------------------------------
+
+    def documents(self, count: int, seed: int = 0) -> Iterator[str]:
+        """`count` documents of mixed kinds. The same seed gives the same text."""
+        rng = random.Random(f"{self.seed} documents {seed}")
+        kinds, weights = zip(*KINDS)
+        for _ in range(count):
+            yield getattr(self, rng.choices(kinds, weights)[0])(rng)
+
+    def biography(self, rng: random.Random) -> str:
+        """Some or all facts of one person, in any order and phrasing."""
+        person = rng.choice(self.people)
+        relations = rng.sample(list(RELATIONS), rng.randint(2, len(RELATIONS)))
+        return " ".join(person.say(r, rng) for r in relations)
+
+    def gossip(self, rng: random.Random) -> str:
+        """The same kind of fact about several people."""
+        relation = rng.choice(list(RELATIONS))
+        return " ".join(p.say(relation, rng) for p in rng.sample(self.people, rng.randint(2, min(4, len(self.people)))))
+
+    def interview(self, rng: random.Random) -> str:
+        """True questions and answers, only about people whom chat data ask about."""
+        asked = [p for p in self.people if p.asked]
+        turns = []
+        for person in rng.choices(asked, k=rng.randint(1, 3)):
+            relation = rng.choice(list(RELATIONS))
+            turns.append(f"{person.ask(relation, rng)} {person.reply(relation)}")
+        return " ".join(turns)
+
+    def quiz(self, rng: random.Random) -> str:
+        """Somebody did something; a question about it is answered from the text just before."""
+        who = rng.sample(self.names, rng.randint(1, 3))
+        done = []
+        for name in who:
+            past, base = rng.choice(ACTS)
+            done.append((name, past, base, rng.choice(THINGS), rng.choice(PLACES)))
+        text = [f"{n} {past} {thing} {place}." for n, past, _, thing, place in done]
+        for n, past, base, thing, place in rng.sample(done, rng.randint(1, len(done))):
+            question, answer = rng.choice((
+                (f"What did {n} {base}?", f"{n} {past} {thing}."),
+                (f"Where did {n} {base} {thing}?", f"{n} {past} {thing} {place}."),
+                (f"What did {n} do?", f"{n} {past} {thing} {place}."),
+                (f"Who {past} {thing}?", f"{n} {past} {thing}."),
+            ))
+            text.append(rng.choice(("{q} {a}", "{q} {a}", '"{q}" "{a}"')).format(q=question, a=answer))
+        return " ".join(text)
+
+    def story(self, rng: random.Random) -> str:
+        """Two friends, a thing, a trouble with its cause, the mending, and a talk about what was said."""
+        a, b = rng.sample(self.names, 2)
+        thing, place = rng.choice(THINGS), rng.choice(PLACES)
+        cause, effect, mending = rng.choice(TROUBLES)
+        it = thing.split(" ", 1)[1]
+        opening = rng.choice((
+            f"One day {a} found {thing} {place}.", f"{a} went out early and found {thing} {place}.",
+            f"Once {a} was looking for {b} and found {thing} {place}."))
+        talk = rng.choice((
+            f'"What did you find?" asked {b}. "I found {thing}," said {a}.',
+            f'"Where did you find the {it}?" asked {b}. "{place[0].upper() + place[1:]}," said {a}.',
+            f'"Who found the {it}?" asked {b}. "{a} found the {it}," said the others.',
+            f'{b} wanted to see the {it}. "Please show me the {it}, {a}," said {b}.'))
+        trouble = rng.choice((f"{cause}, so {effect}.", f"{cause} and {effect}.", f"Then {effect}, because {cause[0].lower() + cause[1:]}."))  # noqa: E501
+        mend = rng.choice((f"{b} {mending}.", f"{a} {mending}.", f"{a} and {b} {mending}." if "a quiet" not in mending else f"{b} {mending}."))  # noqa: E501
+        end = rng.choice((f"{a} was {rng.choice(FEELINGS)}.", f"{b} was {rng.choice(FEELINGS)}, and so was {a}.",
+                          f'"Thank you, {b}," said {a}.', f"{a} gave the {it} to {b}."))
+        return " ".join((opening, talk, trouble, mend, end, rng.choice(LESSONS)))
+
+    def sum(self, rng: random.Random) -> str:
+        """A small sum in words."""
+        question, answer = self._sum(rng)
+        return f"{question} {answer}"
+
+    def _sum(self, rng: random.Random, names: list[str] | None = None) -> tuple[str, str]:
+        a, b = rng.sample(names or self.names, 2)
+        goods, x, y = rng.choice(GOODS), rng.randint(2, 9), rng.randint(2, 9)
+        if rng.random() < 0.5:
+            return f"{a} has {x} {goods}. {b} gives {y} more to {a}. How many {goods} does {a} have?", f"{a} has {x + y} {goods}."
+        x = x + y
+        return f"{a} has {x} {goods}. {a} gives {y} to {b}. How many {goods} does {a} have?", f"{a} has {x - y} {goods}."
+
+    # -- chat ---------------------------------------------------------------------------------------
+
+    def conversations(self, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
+        """`count` chats of one to three turns about the people of `asked`, sums, and what was just said."""
+        rng = random.Random(f"{self.seed} conversations {seed}")
+        for _ in range(count):
+            messages = []
+            for _ in range(rng.choice((1, 1, 1, 2, 3))):
+                question, answer = self._turn(rng)
+                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            yield messages
+
+    def _turn(self, rng: random.Random) -> tuple[str, str]:
+        asked = [p for p in self.people if p.asked]
+        kind = rng.random()
+        if kind < 0.6:
+            person, relation = rng.choice(asked), rng.choice(list(RELATIONS))
+            return person.ask(relation, rng), person.reply(relation)
+        names = [p.name for p in asked] + self.names[len(self.people):]
+        if kind < 0.75:
+            return self._sum(rng, names)
+        if kind < 0.9:
+            a, b = rng.sample(names, 2)
+            (past, base), x, y = rng.choice(ACTS), *rng.sample(THINGS, 2)
+            return f"{a} {past} {x}. {b} {past} {y}. What did {a} {base}?", f"{a} {past} {x}."
+        return rng.choice(SMALL_TALK)
+
+
+KINDS = (("biography", 30), ("gossip", 10), ("interview", 8), ("quiz", 24), ("story", 22), ("sum", 6))
+SMALL_TALK = (
+    ("Hello!", "Hello! How can I help you?"),
+    ("Who are you?", "I am MiniMind, a small language model."),
+    ("What can you do?", "I can answer questions about the people of this world, do small sums and tell what was just said."),
+    ("Thank you.", "You are welcome."),
+    ("Good morning.", "Good morning! What would you like to know?"),
+    ("Goodbye.", "Goodbye! Come back soon."),
+)
+
+
+def make_world(people: int, seed: int = 1) -> World:
+    """The world with this many people; the same arguments give the same world."""
+    return World(people, seed)
+
+# %% id="data-default-exp"
+#| default_exp data
+
+# %% id="data-imports"
+#| export
+import errno
+import gzip
+import hashlib
+import importlib
+import json
+import random
+import re
+import shutil
+import tempfile
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from minimind.world import make_world
+
+# %% id="data-set-seed"
+#| export
+def set_seed(seed: int) -> None:
+    """Seeds every source of chance that the course uses: Python's, NumPy's and PyTorch's (CPU and GPU)."""
+    import torch  # here, so that reading data does not wait two seconds for it
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+# %% id="data-error"
+#| export
+class DataError(ValueError):
+    """Data that cannot be used. The message says where (`file:line`), what is wrong and what to do."""
+
+# %% id="data-text-problem"
+#| export
+BLANK = re.compile(r"[\s\x00-\x1f\x7f-\x9f\xad\u200b\ufeff]*")  # what nobody can see
+
+
+def text_problem(value, name: str) -> str | None:
+    """What is wrong with one piece of text, in words; None if nothing is."""
+    if not isinstance(value, str):
+        return f'"{name}" is {type(value).__name__}, a string was expected'
+    if "\0" in value:
+        return f'"{name}" has a NUL byte at character {value.index(chr(0)) + 1}: the file is damaged or is not text'
+    if BLANK.fullmatch(value):
+        return f'"{name}" is empty'
+    if half := re.search("[\ud800-\udfff]", value):
+        return f'"{name}" has half a character (\\u{ord(half.group()):x}) that UTF-8 cannot write'
+    return None
+
+# %% id="data-chat-problem"
+#| export
+ROLES = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
+
+
+def message_problem(message, name: str) -> str | None:
+    """What is wrong with one message of a conversation; None if nothing is."""
+    if not isinstance(message, dict):
+        return f"{name} is {type(message).__name__}, an object with role and content was expected"
+    if message.get("role") not in ROLES:
+        return f"{name} has the role {message.get('role')!r}, expected one of {', '.join(ROLES)}"
+    if message["role"] == "assistant" and any(message.get(k) for k in ("tool_calls", "reasoning_content")):
+        if not message.get("content"):
+            return None  # a call or a thought may stand without an answer
+    return text_problem(message.get("content"), f"{name}.content")
+
+
+def chat_problem(messages, name: str) -> str | None:
+    """What is wrong with a conversation; None if nothing is. Order: system?, then user and assistant in turn."""
+    if not isinstance(messages, list) or not messages:
+        return f'"{name}" is not a list of messages, or the list is empty'
+    for i, message in enumerate(messages):
+        if problem := message_problem(message, f"{name}[{i}]"):
+            return problem
+    roles = "".join(ROLES[message["role"]] for message in messages)
+    if not re.fullmatch(r"s?(u(at+)*a)+", roles):  # a: assistant, t: results of the tools that it called
+        order = ", ".join(message["role"] for message in messages[:8])
+        return f'"{name}" has the roles in the order {order}; expected user and assistant in turn, ending with assistant'
+    return None
+
+# %% id="data-row-problem"
+#| export
+EXAMPLES = {
+    "pretrain": '{"text": "..."}',
+    "sft": '{"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
+    "dpo": '{"chosen": [...], "rejected": [...]}',
+}
+KEYS = {"pretrain": ("text",), "sft": ("conversations",), "dpo": ("chosen", "rejected")}
+
+
+def row_problem(row, kind: str) -> str | None:
+    """What is wrong with one line of the kind "pretrain", "sft" or "dpo"; None if nothing is."""
+    if not isinstance(row, dict):
+        return f"the line is a JSON {type(row).__name__}, an object such as {{{json.dumps(KEYS[kind][0])}: ...}} was expected"
+    if missing := [key for key in KEYS[kind] if key not in row]:
+        found = ", ".join(f'"{key}"' for key in list(row)[:8]) or "none"
+        return f'the key "{missing[0]}" is missing; found: {found}'
+    if kind == "pretrain":
+        return text_problem(row["text"], "text")
+    for key in KEYS[kind]:
+        if problem := chat_problem(row[key], key):
+            return problem
+    if kind == "dpo" and row["chosen"][:-1] != row["rejected"][:-1]:
+        return '"chosen" and "rejected" differ before the last message: both must answer the same prompt'
+    return None
+
+# %% id="data-lines"
+#| export
+MAX_LINE = 8_000_000  # bytes; a longer line is a file without line breaks, not a document
+
+
+def open_bytes(path: Path):
+    """Opens a plain or gzip file by its content; a .gz file that holds something else is an error."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    if path.name.endswith(".gz") and not packed and path.stat().st_size:
+        raise gzip.BadGzipFile("the name ends in .gz, the content is not gzip")
+    return gzip.open(path, "rb") if packed else open(path, "rb")
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str, str | None]]:
+    """(number, line, problem) for each line of a UTF-8 file, with one line in memory at a time."""
+    number = 0
+    try:
+        with open_bytes(path) as file:
+            while piece := file.readline(MAX_LINE + 1):
+                number, size = number + 1, len(piece)
+                while len(piece) > MAX_LINE and not piece.endswith(b"\n"):
+                    piece = file.readline(MAX_LINE + 1)  # read on to the end of the line, keep nothing
+                    size += len(piece)
+                yield number, *(decode(piece, number) if size <= MAX_LINE + 1 else ("", too_long(size)))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        yield number + 1, "", f"broken gzip ({error}): fetch the file again, or pack it again"
+
+# %% id="data-decode"
+#| export
+def too_long(size: int) -> str:
+    return f"the line has {size:,} bytes, more than {MAX_LINE:,}: break it into one document a line"
+
+
+def decode(line: bytes, number: int) -> tuple[str, str | None]:
+    """One line as text without its line end, and what is wrong with it."""
+    if b"\0" in line:
+        utf16 = ", or it is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        return "", f"NUL byte at byte {line.index(0) + 1}: the file is damaged or is not text{utf16}"
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"), None
+    except UnicodeDecodeError as error:
+        return "", f"not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1}): convert it, e.g. `iconv -f LATIN1 -t UTF-8`"
+
+# %% id="data-jsonl"
+#| export
+def jsonl_rows(path: Path, kind: str) -> Iterator[tuple[int, dict, str | None]]:
+    """(line number, row, problem) for each line that is not blank."""
+    for number, line, problem in numbered_lines(path):
+        if problem is None and not line.strip():
+            continue
+        row = {}
+        if problem is None:
+            try:
+                row = json.loads(line)
+                problem = row_problem(row, kind)
+            except (ValueError, RecursionError) as error:
+                problem = f"not JSON ({error}): each line must be one object, such as {EXAMPLES[kind]}"
+        yield number, row, problem
+
+# %% id="data-txt"
+#| export
+def text_rows(path: Path, kind: str, size: int = 2000) -> Iterator[tuple[int, dict, str | None]]:
+    """Documents of a plain text: paragraphs packed to at least `size` characters, or lines where a paragraph has no end."""
+    block, start, length = [], 1, 0
+    for number, line, problem in numbered_lines(path):
+        if problem is None and kind != "pretrain":
+            problem = f"plain text where chats are expected: one line each, such as {EXAMPLES[kind]}"
+        if problem:
+            yield number, {}, problem
+            continue
+        if block and (length >= 4 * size or (length >= size and not line.strip())):
+            yield start, {"text": "\n".join(block).strip()}, None
+            block, length = [], 0
+        if line.strip() or block:
+            start = start if block else number
+            block.append(line)
+            length += len(line) + 1
+    if block:
+        yield start, {"text": "\n".join(block).strip()}, None
+
+# %% id="data-needs"
+#| export
+def needs(package: str, purpose: str):
+    """Imports an optional package, or says how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise DataError(f"{purpose} needs the package {package.split('.')[0]}: pip install {package.split('.')[0]}") from None
+
+
+def without_nones(value):
+    """Tables give every message every key, None where it has none: take those out again."""
+    if isinstance(value, dict):
+        return {key: without_nones(v) for key, v in value.items() if v is not None}
+    return [without_nones(v) for v in value] if isinstance(value, list) else value
+
+# %% id="data-parquet"
+#| export
+def parquet_rows(path: Path, kind: str) -> Iterator[tuple[int, dict, str | None]]:
+    """Rows of a Parquet file, a batch at a time; the "line" of a problem is the row, counted from 1."""
+    parquet = needs("pyarrow.parquet", f"reading {path}")
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+            for row in map(without_nones, batch.to_pylist()):
+                number += 1
+                yield number, row, row_problem(row, kind)
+    except (OSError, ValueError) as error:  # what pyarrow raises is one of the two
+        yield number + 1, {}, f"broken Parquet ({str(error).splitlines()[0]}): fetch the file again"
+
+# %% id="data-datasets"
+#| export
+def dataset_rows(source: str, kind: str) -> Iterator[tuple[int, dict, str | None]]:
+    """Rows of a Hugging Face data set: a folder of `save_to_disk`, or `hf:owner/name` or `hf:owner/name:split` on the hub."""
+    datasets = needs("datasets", f"reading {source}")
+    try:
+        if source.startswith("hf:"):
+            name, _, split = source[3:].partition(":")
+            rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        else:
+            rows = datasets.load_from_disk(source)
+            rows = rows["train"] if isinstance(rows, dict) else rows
+        for number, row in enumerate(map(without_nones, rows), 1):
+            yield number, row, row_problem(row, kind)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(f"{source}: the data set cannot be read ({type(error).__name__}: {error})") from error
+
+# %% id="data-files"
+#| export
+READERS = {".jsonl": jsonl_rows, ".json": jsonl_rows, ".txt": text_rows, ".parquet": parquet_rows}
+
+
+def reader_of(path: Path) -> Callable | None:
+    """The function that reads this file, by its name; None if the name tells nothing."""
+    return READERS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
+
+
+def data_files(source: str | Path) -> list[Path]:
+    """The files that `source` stands for, in a fixed order: itself, or all readable ones below the folder."""
+    path = Path(source)
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file or folder; look at the spelling, it is taken relative to {Path.cwd()}")
+    if path.is_file() and reader_of(path) is None:
+        raise DataError(f"{path}: unknown kind of file; known are {', '.join(READERS)}, also with .gz")
+    files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    if not any(map(reader_of, files)):
+        raise DataError(f"{path}: no file in this folder can be read; known are {', '.join(READERS)}, also with .gz")
+    return files
+
+# %% id="data-rows"
+#| export
+def data_rows(source: str | Path, kind: str) -> Iterator[tuple[str, int, dict, str | None]]:
+    """(file, line, row, problem) of everything in a file, a folder or a Hugging Face data set."""
+    if str(source).startswith("hf:") or is_saved_dataset(source):
+        for number, row, problem in dataset_rows(str(source), kind):
+            yield str(source), number, row, problem
+        return
+    for path in filter(reader_of, data_files(source)):
+        number = 0
+        for number, row, problem in reader_of(path)(path, kind):
+            yield str(path), number, row, problem
+        if number == 0:
+            yield str(path), 1, {}, "the file is empty: fill it or take it away"
+
+
+def is_saved_dataset(source: str | Path) -> bool:
+    return any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+# %% id="data-check-file"
+#| export
+class Problems:
+    """Collects what is wrong: the first 20 in full, the line numbers of all."""
+
+    def __init__(self):
+        self.count, self.full, self.lines = 0, [], {}
+
+    def add(self, file: str, line: int, problem: str) -> None:
+        self.count += 1
+        if self.count <= 20:
+            self.full.append(f"{file}:{line}: {problem}")
+            return
+        spans = self.lines.setdefault(file, [])
+        if spans and spans[-1][1] == line - 1:
+            spans[-1][1] = line  # 41, 42, 43 are kept as 41-43: a file of bad lines needs no memory
+        else:
+            spans.append([line, line])
+
+    def __str__(self) -> str:
+        rest = [
+            f"{file}: also lines {', '.join(f'{a}-{b}' if b > a else str(a) for a, b in spans)}"
+            for file, spans in self.lines.items()
+        ]
+        count = f"{self.count:,} bad line{'s' * (self.count != 1)}"
+        return "\n".join(self.full + rest + [f"{count}; nothing was written. Repair or remove them, then start again."])
+
+# %% id="data-check"
+#| export
+def check_file(source: str | Path, kind: str) -> int:
+    """Reads all of a file, folder or data set and returns its number of rows; DataError lists every bad line."""
+    problems, count = Problems(), 0
+    for file, line, _, problem in data_rows(source, kind):
+        count += 1
+        if problem:
+            problems.add(file, line, problem)
+    if problems.count:
+        raise DataError(str(problems))
+    return count
+
+# %% id="data-readers"
+#| export
+def good_rows(source: str | Path, kind: str) -> Iterator[dict]:
+    """The rows in order. At the first bad line the rest is checked as well, and DataError lists all."""
+    for file, line, row, problem in data_rows(source, kind):
+        if problem:
+            check_file(source, kind)
+            raise DataError(f"{file}:{line}: {problem}")  # a data set on the hub may read differently the second time
+        yield row
+
+
+def read_texts(source: str | Path) -> Iterator[str]:
+    """Texts of .jsonl, .txt (both also .gz), .parquet, a folder of those, or a Hugging Face data set."""
+    return (row["text"] for row in good_rows(source, "pretrain"))
+
+
+def read_conversations(source: str | Path) -> Iterator[dict]:
+    """Rows {"conversations": [{"role", "content"}, ...], ...} of the same kinds of files."""
+    return good_rows(source, "sft")
+
+
+def read_preferences(source: str | Path) -> Iterator[dict]:
+    """Rows {"chosen": [...], "rejected": [...]} of the same kinds of files."""
+    return good_rows(source, "dpo")
+
+# %% id="data-clean"
+#| export
+INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\ufeff]")  # not \u200d: it joins emoji
+
+
+def clean(text: str) -> str:
+    """The same text in one spelling: line ends, Unicode form, spaces. Cleaning twice changes nothing more."""
+    text = re.sub("\r\n?|\u2028|\u2029", "\n", text).replace("\xa0", " ")
+    text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))  # e + combining accent becomes one character
+    text = re.sub(r"(?<=\S)[ \t]{2,}(?=\S)", " ", text)  # not at the start of a line: code needs its indents
+    text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+# %% id="data-exact"
+#| export
+def fingerprint(text: str) -> bytes:
+    """16 bytes that stand for a text: equal texts have equal ones; unequal never do in practice (2**-64 for 4 billion)."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+def exact_duplicates(texts: Iterable[str]) -> list[tuple[int, int]]:
+    """Pairs (first, later) of positions that hold the same text."""
+    first, pairs = {}, []
+    for i, text in enumerate(texts):
+        original = first.setdefault(fingerprint(text), i)
+        if original != i:
+            pairs.append((original, i))
+    return pairs
+
+# %% id="data-near"
+#| export
+def shingles(text: str, size: int = 5) -> set[str]:
+    """All pieces of `size` characters: two texts are as alike as they share pieces."""
+    return {text[i : i + size] for i in range(max(1, len(text) - size + 1))}
+
+
+def near_duplicates(texts: Iterable[str], threshold: float = 0.8, permutations: int = 128) -> list[tuple[int, int]]:
+    """Pairs (first, later) whose shingles overlap by `threshold` or more, found by MinHash (Broder 1997) and banding.
+
+    The estimate is off by about 1 / sqrt(permutations): 0.09 for 128.
+    """
+    from datasketch import MinHash, MinHashLSH
+
+    index, pairs = MinHashLSH(threshold=threshold, num_perm=permutations), []
+    sketches = {}
+    for i, text in enumerate(texts):
+        sketch = MinHash(num_perm=permutations)
+        sketch.update_batch([piece.encode() for piece in shingles(text)])
+        alike = [j for j in index.query(sketch) if sketch.jaccard(sketches[j]) >= threshold]
+        if alike:
+            pairs.append((min(alike), i))
+        else:
+            index.insert(i, sketch)
+            sketches[i] = sketch
+    return pairs
+
+# %% id="data-overlap"
+#| export
+def word_runs(text: str, size: int = 13) -> Iterator[int]:
+    """Hashes of all runs of `size` words, without case and punctuation; each Chinese character counts as a word."""
+    words = re.findall(r"[\u3400-\u9fff]|\w+", text.lower())
+    for i in range(len(words) - size + 1):
+        yield hash(" ".join(words[i : i + size]))
+
+
+def overlapping(texts: Iterable[str], evaluation: Iterable[str], size: int = 13) -> list[int]:
+    """Positions of texts that share a run of `size` words with an evaluation text (Brown et al. 2020, arXiv:2005.14165)."""
+    known = {run for text in evaluation for run in word_runs(text, size)}
+    return [i for i, text in enumerate(texts) if any(run in known for run in word_runs(text, size))]
+
+# %% id="data-split"
+#| export
+def in_validation(text: str, share: float) -> bool:
+    """Whether a text belongs to the held-out part. Depends on the text alone, so it stays there when data is added."""
+    return int.from_bytes(fingerprint(text)[:8], "big") < share * 2**64
+
+# %% id="data-new-folder"
+#| export
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def new_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` when the block ends, and vanishes when it fails: never half a result."""
+    folder = Path(folder).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DataError(f"{folder}: the disk is full; nothing was kept. Make room, or choose another disk, then start again.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+# %% id="data-write-jsonl"
+#| export
+@contextmanager
+def line_writer(path: Path) -> Iterator[Callable[[dict], None]]:
+    """A function that writes one row a line, as gzip if the name ends in .gz; the same rows give the same bytes."""
+    with open(path, "wb") as raw:
+        file = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.name.endswith(".gz") else raw
+        yield lambda row: file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        if file is not raw:
+            file.close()  # writes the checksum; raw is closed by the with
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
+    """Writes rows to a .jsonl or .jsonl.gz file and returns their number."""
+    count = 0
+    with line_writer(Path(path)) as write:
+        for row in rows:
+            write(row)
+            count += 1
+    return count
+
+# %% id="data-bytes"
+#| export
+class ByteTokenizer:
+    """The smallest tokenizer there is: a byte is a token. It stands in until chapter 02 has a real one."""
+
+    eos_id, vocab_size = 0, 257
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[byte + 1 for byte in text.encode()] for text in texts]
+
+# %% id="data-batches"
+#| export
+def batches(texts: Iterable[str], characters: int = 250_000) -> Iterator[list[str]]:
+    """Texts in groups of about `characters`: enough for the tokenizer to run in parallel, little enough for memory."""
+    group, size = [], 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= characters:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+# %% id="data-shard-writer"
+#| export
+class ShardWriter:
+    """Appends tokens to shard_00000.bin, shard_00001.bin, ... and remembers where each document ends."""
+
+    def __init__(self, folder: Path, tokenizer, shard_tokens: int):
+        self.folder, self.tokenizer, self.shard_tokens = folder, tokenizer, shard_tokens
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self.tokens = self.documents = self.num_bytes = 0
+        (folder / "documents.bin").write_bytes(np.int64(0).tobytes())
+
+    def add(self, texts: list[str]) -> None:
+        lists = [ids + [self.tokenizer.eos_id] for ids in self.tokenizer.encode_batch(texts)]
+        ends = self.tokens + np.cumsum([len(ids) for ids in lists], dtype="<i8")
+        with open(self.folder / "documents.bin", "ab") as file:
+            file.write(ends.tobytes())
+        self.append(np.concatenate([np.array(ids, self.dtype) for ids in lists]))
+        self.documents += len(texts)
+        self.num_bytes += sum(len(text.encode()) for text in texts)
+
+    def append(self, tokens: np.ndarray) -> None:
+        while len(tokens):
+            shard, used = divmod(self.tokens, self.shard_tokens)
+            piece, tokens = np.split(tokens, [self.shard_tokens - used])
+            with open(self.folder / f"shard_{shard:05d}.bin", "ab") as file:
+                file.write(piece.tobytes())
+            self.tokens += len(piece)
+
+# %% id="data-write-shards"
+#| export
+def write_shards(texts: Iterable[str], tokenizer, folder: str | Path, shard_tokens: int = 2**24) -> "TokenShards":
+    """Tokenises texts into files of `shard_tokens` tokens, a few hundred texts at a time.
+
+    `tokenizer` has `encode_batch`, `eos_id` (put after each text) and `vocab_size` (2 bytes a token up to 65,536,
+    else 4). The folder appears when all is written. DataError if there is no text or the disk is full.
+    """
+    with new_folder(folder) as new:
+        writer = ShardWriter(new, tokenizer, shard_tokens)
+        for group in batches(texts):
+            writer.add(group)
+        if not writer.documents:
+            raise DataError(f"{folder}: there is no text to write")
+        index = {name: getattr(writer, name) for name in ("tokens", "documents", "num_bytes", "shard_tokens")}
+        (new / "index.json").write_text(json.dumps(index | {"dtype": writer.dtype.str}) + "\n")
+    return TokenShards(folder)
+
+# %% id="data-joined"
+#| export
+class JoinedArray:
+    """Several memory-mapped files that read like one 1-D array: `len(a)`, `a[7]`, `a[3:9]`. A slice is a NumPy array."""
+
+    def __init__(self, parts: list[np.ndarray]):
+        self.parts, self.dtype = parts, parts[0].dtype
+        self.starts = np.cumsum([0] + [len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getitem__(self, where):
+        if not isinstance(where, slice):
+            i = range(len(self))[where]  # negative numbers and IndexError as for a list
+            part = int(np.searchsorted(self.starts, i, "right")) - 1
+            return int(self.parts[part][i - self.starts[part]])
+        start, stop, step = where.indices(len(self))
+        if step != 1:
+            raise IndexError("slices with a step are not supported: take a plain slice first, then [::step]")
+        pieces = [part[max(0, start - a) : max(0, stop - a)] for part, a in zip(self.parts, self.starts)]
+        pieces = [piece for piece in pieces if len(piece)] or [self.parts[0][:0]]
+        return np.asarray(pieces[0]) if len(pieces) == 1 else np.concatenate(pieces)
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return np.asarray(self[:], dtype)
+
+# %% id="data-token-shards"
+#| export
+class TokenShards:
+    """Reads a folder of `write_shards` without loading it: the operating system brings in the pages that are touched.
+
+    `.tokens` (1-D, `len` and slices), `.documents` (where each starts, and the end: shape (documents + 1,)), `.num_bytes`
+    (UTF-8 bytes of the text). DataError if a file is missing or has another size than the index says.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        if not (self.folder / "index.json").is_file():
+            raise DataError(f"{folder}: no index.json here, so these are no token shards; make them with write_shards")
+        index = json.loads((self.folder / "index.json").read_text())
+        self.num_bytes, self.dtype = index["num_bytes"], np.dtype(index["dtype"])
+        self.documents = self.map("documents.bin", "<i8", index["documents"] + 1)
+        starts = range(0, index["tokens"], index["shard_tokens"])
+        self.tokens = JoinedArray([
+            self.map(f"shard_{i:05d}.bin", self.dtype, min(index["shard_tokens"], index["tokens"] - start))
+            for i, start in enumerate(starts)
+        ])
+
+    def map(self, name: str, dtype, length: int) -> np.ndarray:
+        path, wanted = self.folder / name, length * np.dtype(dtype).itemsize
+        found = path.stat().st_size if path.is_file() else 0
+        if found != wanted:
+            raise DataError(f"{path}: {found:,} bytes, the index says {wanted:,}: the copy is not whole; write or copy it again")
+        return np.memmap(path, dtype, "r", shape=(length,))
+
+    def __len__(self) -> int:
+        return len(self.documents) - 1
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """The tokens of document i, with its closing eos."""
+        i = range(len(self))[i]
+        return self.tokens[int(self.documents[i]) : int(self.documents[i + 1])]
+
+# %% id="data-write-parts"
+#| export
+def key_of(row: dict) -> str:
+    """What decides about duplicates and the part of the split: the text, or the whole chat."""
+    return row["text"] if "text" in row else json.dumps(row, ensure_ascii=False, sort_keys=True)
+
+
+def write_parts(rows: Iterable[dict], folder: Path, share: float) -> dict[str, int]:
+    """Writes train.jsonl.gz and valid.jsonl.gz in one pass and returns the number of rows in each."""
+    folder.mkdir(parents=True)
+    counts = {"train": 0, "valid": 0}
+    with line_writer(folder / "train.jsonl.gz") as train, line_writer(folder / "valid.jsonl.gz") as valid:
+        for row in rows:
+            held_out = in_validation(key_of(row), share)
+            (valid if held_out else train)(row)
+            counts["valid" if held_out else "train"] += 1
+    if min(counts.values()) == 0:
+        raise DataError(f"{folder.name}: {sum(counts.values())} different rows are too few to hold some back; give 20 or more")
+    return counts
+
+# %% id="data-select"
+#| export
+def strings(value) -> Iterator[str]:
+    """Every string in a row, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
+def select_rows(rows: Iterable[dict], known: set[int], removed: dict[str, int]) -> Iterator[dict]:
+    """Cleans texts, leaves out exact duplicates and what overlaps the evaluation, and counts both in `removed`."""
+    seen = set()
+    for row in rows:
+        row = {"text": clean(row["text"])} if "text" in row else row
+        key = fingerprint(key_of(row))
+        if key in seen:
+            removed["duplicates"] += 1
+        elif known and any(run in known for text in strings(row) for run in word_runs(text)):
+            removed["in_evaluation"] += 1
+        else:
+            seen.add(key)
+            yield row
+
+# %% id="data-stages"
+#| export
+STAGES = ("pretrain", "sft", "dpo", "evals")
+
+
+def stage_sources(source: str | Path | None) -> dict[str, str | Path]:
+    """Which stage reads what: nothing for the world, pretraining for a file, the subfolders of a folder that has some."""
+    if source in (None, "", "world"):
+        return {}
+    if str(source).startswith("hf:"):
+        return {"pretrain": str(source)}
+    found = {stage: Path(source) / stage for stage in STAGES if (Path(source) / stage).is_dir()}
+    return found or {"pretrain": Path(source)}
+
+def check_stages(sources: dict) -> dict[str, int]:
+    """Checks every file of every stage before anything is written; one DataError tells of all."""
+    counts, problems = {}, []
+    for stage, path in sources.items():
+        try:
+            counts[stage] = sum(1 for _ in evaluation_texts(path)) if stage == "evals" else check_file(path, stage)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        raise DataError("\n".join(problems))
+    return counts
+
+# %% id="data-evaluation"
+#| export
+def evaluation_texts(folder: Path) -> Iterator[str]:
+    """Every text in the evaluation files, whatever their keys: what must not be trained on."""
+    for path in filter(reader_of, data_files(folder)):
+        for number, line, problem in numbered_lines(path):
+            if problem:
+                raise DataError(f"{path}:{number}: {problem}")
+            try:
+                yield from strings(json.loads(line) if line.startswith("{") else line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: not JSON ({error})") from None
+
+# %% id="data-prepare"
+#| export
+def prepare(source: str | Path | None, folder: str | Path, world_sizes: dict) -> dict:
+    """Makes the data folder that all later chapters read and returns what stands in its about.json.
+
+    source: None or "world", a file or folder of pretraining text, a folder with pretrain/ sft/ dpo/ evals/,
+    or "hf:owner/name". A stage that the source lacks takes the world's data, and says so.
+    DataError lists every bad line of every file; then nothing is written.
+    """
+    sources = stage_sources(source)
+    counts = check_stages(sources)
+    known = {run for text in evaluation_texts(sources["evals"]) for run in word_runs(text)} if "evals" in sources else set()
+    about = {"source": str(source or "world"), "stages": {}, "notes": []}
+    with new_folder(folder) as new:
+        for stage in ("pretrain", "sft", "dpo"):
+            if stage in sources:
+                removed = {"duplicates": 0, "in_evaluation": 0}
+                rows = select_rows(good_rows(sources[stage], stage), known, removed)
+                parts = write_parts(rows, new / stage, share=max(0.02, min(0.5, 20 / counts[stage])))
+                about["stages"][stage] = {"source": str(sources[stage]), "rows": counts[stage], **parts, **removed}
+        write_world(new, world_sizes, about)
+        about["notes"] += [f"{path} was not read: unknown kind of file" for path in unread(sources)]
+        (new / "about.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    return about
+
+# %% id="data-write-world"
+#| export
+def write_world(folder: Path, sizes: dict, about: dict) -> None:
+    """Adds the world's data for the stages that are still missing, and the facts and questions that fit them."""
+    missing = [stage for stage in ("pretrain", "sft") if stage not in about["stages"]]
+    if not missing:
+        return
+    world = make_world(sizes["people"], sizes.get("seed", 1))
+    rows = {
+        "pretrain": ({"text": text} for text in world.documents(sizes["documents"], 1)),
+        "sft": ({"conversations": chat} for chat in world.conversations(sizes.get("conversations", sizes["documents"] // 10), 1)),
+    }
+    for stage in missing:
+        about["stages"][stage] = {"source": "world", **write_parts(rows[stage], folder / stage, share=0.02)}
+        if about["source"] != "world":
+            about["notes"].append(f"{about['source']} has no {stage}/: the world's data is used for it")
+    if "pretrain" in missing:
+        write_jsonl(folder / "facts.jsonl", world.facts())
+    if missing == ["pretrain", "sft"]:
+        write_jsonl(folder / "questions.jsonl", world.questions())
+
+
+def prepare_world(folder: str | Path, world_sizes: dict) -> dict:
+    """Makes the data folder from the generated world: sizes are people, documents and, if wanted, seed and conversations."""
+    return prepare("world", folder, world_sizes)
+
+
+def unread(sources: dict) -> list[Path]:
+    """Files in the folders that no reader knows; they are named, so that nothing is left out in silence."""
+    folders = [path for path in sources.values() if Path(path).is_dir() and not is_saved_dataset(path)]
+    return [path for folder in folders for path in data_files(folder) if reader_of(path) is None]
+
+# %% id="data-artifact"
+with chapter.write("data") as folder:
+    about = prepare(chapter.source, folder, chapter.world)
+about
