@@ -103,19 +103,6 @@ def check_request(config, input_ids: torch.Tensor, max_new_tokens: int) -> None:
         )
 
 
-def padding_to_mask(real: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From real (B, S), 1 where a token is no padding: who may look where, bool (B, 1, S, S), and positions (B, S).
-
-    Padding may look at itself, although nobody looks at padding: a row with nothing to look at would be NaN, and
-    0 times NaN is NaN in every later layer.
-    """
-    real = real.bool()
-    S = real.shape[1]
-    look = real[:, None, :].expand(-1, S, -1).tril()  # (B, S, S)
-    look = look | torch.eye(S, dtype=torch.bool, device=real.device)
-    return look[:, None], (real.cumsum(-1) - 1).clamp(min=0)
-
-
 @torch.inference_mode()
 def next_tokens(
     model,
@@ -130,24 +117,23 @@ def next_tokens(
     """Yield the next token of every row, (B,), up to `max_new_tokens` times; a stopped row repeats its first stop id."""
     check_request(model.config, input_ids, max_new_tokens)
     (B, T), device = input_ids.shape, input_ids.device
-    dtype = next(model.parameters()).dtype
     end = T + max_new_tokens
     ids = torch.empty(B, end, dtype=torch.long, device=device)
     ids[:, :T] = input_ids
-    look, positions = None, torch.arange(end, device=device)[None]
+    mask = positions = None
     if attention_mask is not None:
         ids[:, :T] = torch.where(attention_mask.bool(), input_ids, input_ids[:, -1:])  # padding is no repetition
-        new = attention_mask.new_ones(B, max_new_tokens)
-        look, positions = padding_to_mask(torch.cat((attention_mask, new), dim=1))
-    cache = KVCache(model.config, B, end, device, dtype) if use_cache else None
+        mask = torch.cat((attention_mask, attention_mask.new_ones(B, max_new_tokens)), dim=1)  # (B, end)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    cache = KVCache(model.config, B, end, device, next(model.parameters()).dtype) if use_cache else None
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     stopped = torch.zeros(B, dtype=torch.bool, device=device)
     start = 0
     for now in range(T, end):
-        mask = None if look is None else look[:, :, start:now, :now]
-        logits = model(ids[:, start:now], attention_mask=mask, position_ids=positions[:, start:now], kv_cache=cache)
-        chosen = sample_next(logits[:, -1], previous=ids[:, :now], generator=generator, **sampling)
+        padding = {} if mask is None else {"attention_mask": mask[:, :now], "position_ids": positions[:, start:now]}
+        logits = model(ids[:, start:now], kv_cache=cache, **padding)[:, -1]  # (B, V)
+        chosen = sample_next(logits, previous=ids[:, :now], generator=generator, **sampling)
         if len(stops):
             chosen = torch.where(stopped, stops[0], chosen)
             stopped = stopped | torch.isin(chosen, stops)
@@ -198,12 +184,12 @@ def stream(model, tokenizer, input_ids: torch.Tensor, max_new_tokens: int = 64, 
     A character may be spread over several tokens; its bytes are held back until it is whole.
     """
     model.eval()
-    token_bytes, decoder = tokenizer.token_bytes(), codecs.getincrementaldecoder("utf-8")("replace")
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for chosen in next_tokens(model, input_ids, max_new_tokens, stop_ids, **options):
         token = int(chosen[0])
         if token in stop_ids:
             break
-        if piece := decoder.decode(token_bytes[token]):
+        if piece := decoder.decode(tokenizer.decode_bytes([token], skip_special=True)):
             yield piece
     if rest := decoder.decode(b"", final=True):
         yield rest
