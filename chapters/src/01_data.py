@@ -302,14 +302,15 @@ import gzip
 import hashlib
 import importlib
 import json
+import os
 import random
 import re
 import shutil
-import tempfile
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -384,14 +385,15 @@ EXAMPLES = {
     "pretrain": '{"text": "..."}',
     "sft": '{"conversations": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}',
     "dpo": '{"chosen": [...], "rejected": [...]}',
+    "evals": '{"question": "...", "answer": "..."}',
 }
-KEYS = {"pretrain": ("text",), "sft": ("conversations",), "dpo": ("chosen", "rejected")}
+KEYS = {"pretrain": ("text",), "sft": ("conversations",), "dpo": ("chosen", "rejected"), "evals": ()}
 
 
 def row_problem(row, kind: str) -> str | None:
     """What is wrong with one line of the kind "pretrain", "sft" or "dpo"; None if nothing is."""
     if not isinstance(row, dict):
-        return f"the line is a JSON {type(row).__name__}, an object such as {{{json.dumps(KEYS[kind][0])}: ...}} was expected"
+        return f"the line is a JSON {type(row).__name__}, expected was {EXAMPLES[kind]}"
     if missing := [key for key in KEYS[kind] if key not in row]:
         found = ", ".join(f'"{key}"' for key in list(row)[:8]) or "none"
         return f'the key "{missing[0]}" is missing; found: {found}'
@@ -470,7 +472,7 @@ def text_rows(path: Path, kind: str, size: int = 2000) -> Iterator[tuple[int, di
     """Documents of a plain text: paragraphs packed to at least `size` characters, or lines where a paragraph has no end."""
     block, start, length = [], 1, 0
     for number, line, problem in numbered_lines(path):
-        if problem is None and kind != "pretrain":
+        if problem is None and kind not in ("pretrain", "evals"):
             problem = f"plain text where chats are expected: one line each, such as {EXAMPLES[kind]}"
         if problem:
             yield number, {}, problem
@@ -714,6 +716,58 @@ def in_validation(text: str, share: float) -> bool:
     """Whether a text belongs to the held-out part. Depends on the text alone, so it stays there when data is added."""
     return int.from_bytes(fingerprint(text)[:8], "big") < share * 2**64
 
+# %% id="data-mixture"
+#| export
+@dataclass(frozen=True)
+class Mixture:
+    """Sources of text and the share of the tokens that each is to give. `sources` is {name: (path, share)}."""
+
+    sources: dict[str, tuple[Path, float]]
+    valid_share: float = 0.02
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Mixture":
+        """Reads `valid_share` and `sources: {name: {path, share}}`; paths are relative to the YAML file."""
+        import yaml
+
+        path = Path(path)
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+            sources = {name: (path.parent / entry["path"], float(entry["share"])) for name, entry in given["sources"].items()}
+            mixture = cls(sources, float(given.get("valid_share", 0.02)))
+        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise DataError(f"{path}: {type(error).__name__}: {error}; expected sources: {{name: {{path: ..., share: ...}}}}") from error
+        total = sum(share for _, share in sources.values())
+        if abs(total - 1) > 1e-6 or min(share for _, share in sources.values()) <= 0 or not 0 < mixture.valid_share < 1:
+            raise DataError(f"{path}: the shares must be above 0 and sum to 1, they sum to {total:g}; valid_share lies between 0 and 1")
+        return mixture
+
+# %% id="data-mixture-draw"
+#| export
+def endless(source: Path, part: str, valid_share: float) -> Iterator[str]:
+    """The texts of one part of a source, from the start again when they run out."""
+    while True:
+        found = False
+        for text in read_texts(source):
+            if in_validation(text, valid_share) == (part == "valid"):
+                found = True
+                yield text
+        if not found:
+            raise DataError(f"{source}: no text of this file falls into the {part} part; give more texts or another valid_share")
+
+
+def draw(mixture: Mixture, tokenizer, tokens: int, part: str = "train") -> Iterator[tuple[str, str]]:
+    """(source name, text) until `tokens` are drawn; the next text comes from the source that is furthest behind its share."""
+    streams = {name: endless(path, part, mixture.valid_share) for name, (path, _) in mixture.sources.items()}
+    drawn, total = dict.fromkeys(streams, 0), 0
+    while total < tokens:
+        name = max(streams, key=lambda name: mixture.sources[name][1] * total - drawn[name])
+        text = next(streams[name])
+        size = len(tokenizer.encode_batch([text])[0]) + 1
+        drawn[name] += size
+        total += size
+        yield name, text
+
 # %% id="data-new-folder"
 #| export
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -724,10 +778,10 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` when the block ends, and vanishes when it fails: never half a result."""
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.tmp")
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
@@ -940,42 +994,27 @@ def select_rows(rows: Iterable[dict], known: set[int], removed: dict[str, int]) 
 
 # %% id="data-stages"
 #| export
-STAGES = ("pretrain", "sft", "dpo", "evals")
-
-
 def stage_sources(source: str | Path | None) -> dict[str, str | Path]:
     """Which stage reads what: nothing for the world, pretraining for a file, the subfolders of a folder that has some."""
     if source in (None, "", "world"):
         return {}
     if str(source).startswith("hf:"):
         return {"pretrain": str(source)}
-    found = {stage: Path(source) / stage for stage in STAGES if (Path(source) / stage).is_dir()}
+    found = {stage: Path(source) / stage for stage in KEYS if (Path(source) / stage).is_dir()}
     return found or {"pretrain": Path(source)}
 
-def check_stages(sources: dict) -> dict[str, int]:
+
+def check_stages(sources: dict[str, str | Path]) -> dict[str, int]:
     """Checks every file of every stage before anything is written; one DataError tells of all."""
     counts, problems = {}, []
     for stage, path in sources.items():
         try:
-            counts[stage] = sum(1 for _ in evaluation_texts(path)) if stage == "evals" else check_file(path, stage)
+            counts[stage] = check_file(path, stage)
         except DataError as error:
             problems.append(str(error))
     if problems:
         raise DataError("\n".join(problems))
     return counts
-
-# %% id="data-evaluation"
-#| export
-def evaluation_texts(folder: Path) -> Iterator[str]:
-    """Every text in the evaluation files, whatever their keys: what must not be trained on."""
-    for path in filter(reader_of, data_files(folder)):
-        for number, line, problem in numbered_lines(path):
-            if problem:
-                raise DataError(f"{path}:{number}: {problem}")
-            try:
-                yield from strings(json.loads(line) if line.startswith("{") else line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error})") from None
 
 # %% id="data-prepare"
 #| export
@@ -988,7 +1027,8 @@ def prepare(source: str | Path | None, folder: str | Path, world_sizes: dict) ->
     """
     sources = stage_sources(source)
     counts = check_stages(sources)
-    known = {run for text in evaluation_texts(sources["evals"]) for run in word_runs(text)} if "evals" in sources else set()
+    evaluation = good_rows(sources["evals"], "evals") if "evals" in sources else []
+    known = {run for row in evaluation for text in strings(row) for run in word_runs(text)}
     about = {"source": str(source or "world"), "stages": {}, "notes": []}
     with new_folder(folder) as new:
         for stage in ("pretrain", "sft", "dpo"):
