@@ -12,9 +12,13 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
+from course.outputs import check_size, take_outputs, without_outputs
 from course.source import ROOT, BuildError, Chapter, check_book, read_chapter
 
 # Where readers without a clone (Colab) fetch the course from. The environment variable MINIMIND_COURSE overrides it.
@@ -192,49 +196,196 @@ def pick(root: Path, wanted: list[str]) -> list[str] | None:
     return sorted(set(found))
 
 
-def build(root: Path = ROOT, wanted: list[str] | None = None, draft: bool = False) -> dict[Path, bytes]:
-    """All files that the sources make, by path; nothing is written. A draft only prints what ruff says."""
+def make_samples(root: Path, modules: dict[str, bytes]) -> dict[Path, bytes]:
+    """The files that ship in data/sample, made by course/samples.py from the world as it is now in the sources.
+
+    It runs in a process of its own, because this one may have imported an older minimind.
+    """
+    program = (
+        "import json, sys; from course.samples import files; "
+        "json.dump({str(path): data.decode() for path, data in files(sys.argv[1]).items()}, sys.stdout)"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        package = Path(scratch, "minimind")
+        package.mkdir()
+        package.joinpath("__init__.py").touch()
+        for name, text in modules.items():
+            package.joinpath(name).write_bytes(text)
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([scratch, str(root)]), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run([sys.executable, "-c", program, str(root)], capture_output=True, cwd=scratch, env=environment)
+    if done.returncode:
+        last = (done.stderr.decode().strip().splitlines() or ["no message"])[-1]
+        raise BuildError([f"course/samples.py:1: the sample data could not be made: {last}"])
+    return {Path(path): text.encode() for path, text in json.loads(done.stdout).items()}
+
+
+@dataclass
+class Made:
+    """Everything that a build makes, before it is written."""
+
+    files: dict[Path, bytes] = field(default_factory=dict)
+    notebooks: dict[Path, tuple[Chapter, dict]] = field(default_factory=dict)
+    modules: dict[str, tuple[Chapter, bytes]] = field(default_factory=dict)
+    whole: bool = True  # all chapters, not a part
+
+
+def build(root: Path = ROOT, wanted: list[str] | None = None, draft: bool = False, run: Path | None = None, profile: str = "cpu") -> Made:
+    """Make all files of the wanted chapters; nothing is written.
+
+    `run` is the folder of a course run whose outputs are taken. A draft only prints what ruff says.
+    """
     only = pick(root, wanted or [])
+    made = Made(whole=only is None)
     book = read_book(root, only)
-    chapters = [c for c in book if only is None or c.name in only]
-    files: dict[Path, bytes] = {}
-    modules: dict[str, tuple[Chapter, bytes]] = {}
-    for chapter in chapters:
+    problems: list[str] = []
+    for chapter in book:
+        if only is not None and chapter.name not in only:
+            continue
         path = root / "chapters" / f"{chapter.name}.ipynb"
-        try:
-            old = json.loads(path.read_bytes()) if path.exists() else None
-        except ValueError:
-            old = None  # half-written or hand-edited: it is made anew
-        notebook = make_notebook(chapter, old)
-        files[path] = dump_notebook(notebook)
-        modules |= {name: (chapter, text) for name, text in export_modules(chapter, notebook).items()}
-    if problems := check_style(chapters, modules, root):
+        notebook = make_notebook(chapter, read_notebook(path))
+        if run:
+            executed = read_notebook(run / path.name)
+            if executed is None:
+                problems.append(f"{chapter.where(chapter.cells[0])}: {run / path.name} is missing or not a notebook")
+                continue
+            try:
+                notebook = take_outputs(chapter, notebook, executed, profile)
+            except BuildError as error:
+                problems += error.problems
+        made.notebooks[path] = chapter, notebook
+        made.files[path] = dump_notebook(notebook)
+        problems += check_size(chapter, notebook, len(made.files[path]), SIZE_LIMIT)
+        made.modules |= {name: (chapter, text) for name, text in export_modules(chapter, notebook).items()}
+    if problems:
+        raise BuildError(problems)
+    if problems := check_style([c for c, _ in made.notebooks.values()], made.modules, root):
         if not draft:
             raise BuildError(problems)
         print("\n".join(problems), file=sys.stderr)
-    files |= {root / "minimind" / name: text for name, (_, text) in modules.items()}
-    files[root / "minimind" / "__init__.py"] = INIT.encode()
-    return files
+    made.files |= {root / "minimind" / name: text for name, (_, text) in made.modules.items()}
+    made.files[root / "minimind" / "__init__.py"] = INIT.encode()
+    if "world.py" in made.modules and (root / "course" / "samples.py").exists():
+        there = {p.name: p.read_bytes() for p in (root / "minimind").glob("*.py")}
+        made.files |= make_samples(root, there | {name: text for name, (_, text) in made.modules.items()})
+    return made
+
+
+def read_notebook(path: Path) -> dict | None:
+    """A notebook as plain data; None if it is missing or damaged (then it is made anew)."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def orphans(root: Path, made: Made) -> list[Path]:
+    """Generated files that no source makes any more; only a build of all chapters can tell."""
+    if not made.whole:
+        return []
+    found = [*(root / "chapters").glob("*.ipynb"), *(root / "minimind").glob("*.py")]
+    if any("sample" in path.parts for path in made.files):
+        found += [path for path in (root / "data" / "sample").rglob("*") if path.is_file()]
+    return sorted(path for path in found if path not in made.files and not path.name.startswith("."))
+
+
+def stale(root: Path, made: Made) -> list[str]:
+    """What differs between the committed files and the sources; outputs and execution counts are not compared."""
+    problems = [f"{p.relative_to(root).as_posix()}:1: no source makes this file; delete it" for p in orphans(root, made)]
+    for path, wanted in made.files.items():
+        shown = path.relative_to(root).as_posix()
+        if not path.exists():
+            problems.append(f"{shown}:1: missing; run `python -m course build`")
+            continue
+        there = path.read_bytes()
+        if path in made.notebooks:
+            notebook = read_notebook(path)
+            if notebook is None:
+                problems.append(f"{shown}:1: not a notebook any more; run `python -m course build`")
+                continue
+            there, wanted = (dump_notebook(without_outputs(n)) for n in (notebook, made.notebooks[path][1]))
+        if there != wanted:
+            problems.append(describe_difference(shown, there.decode(errors="replace"), wanted.decode(), made, path))
+    return problems
+
+
+def describe_difference(shown: str, there: str, wanted: str, made: Made, path: Path) -> str:
+    """`file:line: stale ...` with the first line that differs, and where in the source it comes from."""
+    pairs = zip_longest(there.splitlines(), wanted.splitlines())
+    line, (old, new) = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+    origin = ""
+    if path in made.notebooks:
+        chapter, notebook = made.notebooks[path]
+        old = without_outputs(read_notebook(path) or {"cells": []})["cells"]
+        new = without_outputs(notebook)["cells"]
+        cell = next((c for c, a, b in zip_longest(chapter.cells, old, new) if a != b and c), chapter.cells[-1])
+        return f"{chapter.where(cell)}: {shown} is stale from this cell on; run `python -m course build`"
+    if path.name in made.modules and path.parent.name == "minimind":
+        chapter, text = made.modules[path.name]
+        origin = f" (made from {source_line(chapter, text.decode(), line)})"
+    return f"{shown}:{line}: stale{origin}: has {old!r}, the source makes {new!r}; run `python -m course build`"
+
+
+def execute(chapters: list[str], profile: str) -> Path:
+    """Run the chapters with `course run`; give the folder of the run. Raises BuildError if a chapter fails."""
+    name = f"build-{time.strftime('%Y%m%d-%H%M%S')}"
+    only = ["--only", ",".join(str(int(chapter[:2])) for chapter in chapters)] if chapters else []
+    command = [sys.executable, "-m", "course", "run", "--profile", profile, "--name", name, *only]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise BuildError([f"runs/{name}:1: the run failed, see above; no outputs were taken"])
+    return ROOT / "runs" / name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("chapters", nargs="*", help="numbers, ranges or names (4, 4-8, 04_attention); all if none is given")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="write nothing; fail if a committed file differs from its source")
+    what.add_argument("--execute", action="store_true", help="run the chapters and store their outputs in the notebooks")
+    what.add_argument("--from-run", metavar="FOLDER", type=Path, help="store the outputs of a finished run (runs/NAME)")
+    parser.add_argument("--profile", default="cpu", help="the profile of --execute and --from-run (default: cpu)")
     parser.add_argument("--draft", action="store_true", help="write the files even where ruff complains about style")
     parser.epilog = """examples:
-  python -m course build            make everything
-  python -m course build 04 05      these chapters only
-  python -m course build 4 --draft  while you write: style problems are printed and do not stop the build"""
+  python -m course build                       make everything
+  python -m course build 04 05                 these chapters only
+  python -m course build 4 --draft             while you write: style problems are printed and do not stop the build
+  python -m course build --check               what continuous integration calls
+  python -m course build --execute             run the book at the cpu profile and keep its outputs
+  python -m course build --from-run runs/NAME  keep the outputs of a run that is already there"""
 
 
 def main(args: argparse.Namespace) -> int:
     try:
-        files = build(ROOT, args.chapters, args.draft)
-        changed = [path for path, data in files.items() if write_atomically(path, data)]
+        return run_build(args)
     except BuildError as error:
         print(error, file=sys.stderr)
         print(f"course build: {len(error.problems)} problem(s), nothing written", file=sys.stderr)
         return 1
+
+
+def run_build(args: argparse.Namespace) -> int:
+    if args.check:
+        made = build(ROOT, args.chapters)
+        if problems := stale(ROOT, made):
+            raise BuildError(problems)
+        print(f"{len(made.files)} files agree with their sources")
+        return 0
+    run = args.from_run
+    if run and not run.is_dir():
+        raise BuildError([f"{run}:1: no such folder; a finished run is in runs/NAME"])
+    if args.execute:
+        save(build(ROOT, args.chapters))  # what runs must be what the sources say now
+        run = execute(pick(ROOT, args.chapters) or [], args.profile)
+    elif run and not args.chapters:
+        args.chapters = [path.stem for path in sorted(run.glob("[0-9][0-9]_*.ipynb"))]
+    made = build(ROOT, args.chapters, args.draft, run, args.profile)
+    changed = save(made)
     for path in changed:
         print(f"wrote {path.relative_to(ROOT)}")
-    print(f"{len(files)} files, {len(changed)} changed")
+    print(f"{len(made.files)} files, {len(changed)} changed")
+    for path in orphans(ROOT, made):
+        print(f"{path.relative_to(ROOT)}: no source makes this file any more; delete it", file=sys.stderr)
     return 0
+
+
+def save(made: Made) -> list[Path]:
+    """Write what changed, each file in one step."""
+    return [path for path, data in made.files.items() if write_atomically(path, data)]
