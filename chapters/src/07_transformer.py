@@ -366,3 +366,76 @@ def check_weights(expected: dict[str, Tensor], tensors: dict[str, Tensor], path:
     if problems:
         shown = "; ".join(sorted(problems)[:10])
         raise ValueError(f"{path} does not fit its config.json, {len(problems)} weights: {shown}")
+
+# %% id="model-count-parameters"
+#| export
+def matmul_parameters(config: ModelConfig, experts: int) -> int:
+    """Weights that multiply one token when `experts` experts work on it, output layer included."""
+    C, D = config.hidden_size, config.head_dim
+    attention = 2 * C * config.num_attention_heads * D + 2 * C * config.num_key_value_heads * D
+    feed_forward = 3 * C * config.intermediate_size
+    if config.num_experts:
+        feed_forward = experts * 3 * C * config.moe_intermediate_size + C * config.num_experts
+    return config.num_hidden_layers * (attention + feed_forward) + C * config.vocab_size
+
+
+def count_parameters(config: ModelConfig, active: bool = False) -> int:
+    """All parameters of a model, or with active=True those that work on one token."""
+    C = config.hidden_size
+    norms = config.num_hidden_layers * (2 * C + 2 * config.head_dim * config.qk_norm) + C
+    embedding = 0 if config.tie_word_embeddings else C * config.vocab_size
+    experts = config.num_experts_per_tok if active else config.num_experts
+    return matmul_parameters(config, experts) + norms + embedding
+
+# %% id="model-flops"
+#| export
+def flops_per_token(config: ModelConfig, T: int, training: bool = True) -> int:
+    """Floating point operations for one token of a row of T: forward, or forward and backward (three times that).
+
+    A product with N weights is 2N operations. Scores and mixing take 4 * T * H * D a layer; the masked
+    half is counted too, as is usual (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+    """
+    attention = 4 * T * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    forward = 2 * matmul_parameters(config, config.num_experts_per_tok) + attention
+    return 3 * forward if training else forward
+
+# %% id="model-activations"
+#| export
+def activation_bytes(config: ModelConfig, number: int, norm: int) -> int:
+    """Bytes that autograd keeps for one token; `number` a value, `norm` a value that goes through a norm."""
+    C, V = config.hidden_size, config.vocab_size
+    q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = (norm + number) * C + number * (3 * q + 2 * k)          # norm, its output; q, output twice; k, v
+    if config.qk_norm:
+        attention += norm * (q + k)
+    feed_forward = (norm + number) * C + 4 * number * config.intermediate_size
+    if config.num_experts:
+        visits = config.num_experts_per_tok
+        feed_forward = (norm + number) * C + visits * number * (4 * config.moe_intermediate_size + 2 * C)
+    output = (norm + number) * C + 4 * V                                # log-softmax in float32
+    return config.num_hidden_layers * (attention + feed_forward) + output
+
+# %% id="model-memory"
+#| export
+def training_memory(
+    config: ModelConfig, batch: int, T: int, precision: str = "bf16", device: str = "cuda"
+) -> dict[str, int]:
+    """Bytes at the peak of a training step with AdamW: parameters, gradients, optimizer, activations, loss, total.
+
+    precision is fp32, or bf16 / fp16 for autocast, where the weights stay in float32 and each
+    matrix is also kept as a 16-bit copy. The total assumes that gradients of an earlier batch are
+    there (accumulation). On the CPU a norm keeps two float32 values for each number, on CUDA one.
+    """
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"precision is {precision!r}; expected fp32, bf16 or fp16")
+    number = 4 if precision == "fp32" else 2
+    parameters = 4 * count_parameters(config)
+    copies = 0 if precision == "fp32" else 2 * matmul_parameters(config, config.num_experts)
+    memory = {
+        "parameters": parameters,
+        "gradients": parameters,
+        "optimizer": 2 * parameters,                                    # Adam's two running averages
+        "activations": copies + batch * T * activation_bytes(config, number, 8 if device == "cpu" else number),
+        "loss": batch * T * 8 * config.vocab_size,                      # gradient of logits, in and out of softmax
+    }
+    return memory | {"total": sum(memory.values())}
