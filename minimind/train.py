@@ -1,3 +1,4 @@
+import ctypes
 import math
 import os
 import random
@@ -72,19 +73,38 @@ def has_fast_bfloat16() -> bool:
     return info.exists() and bool(flags & set(info.read_text().split()))
 
 def pick_precision(device: torch.device | str, wanted: str = "auto") -> tuple[torch.dtype | None, str]:
-    """The autocast type for `device` (None is plain float32) and why; `wanted` is auto, bf16, fp16 or fp32."""
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
-    if wanted in types:
-        return types[wanted], f"{wanted}: as asked"
-    if wanted != "auto":
+    """The autocast type for `device` (None is plain float32) and the reason, in words.
+
+    `wanted` is auto, bf16, fp16 or fp32. What the machine cannot do fast is replaced, and the reason says so.
+    """
+    if wanted not in ("auto", "bf16", "fp16", "fp32"):
         raise ValueError(f"precision {wanted!r}: choose auto, bf16, fp16 or fp32")
-    if torch.device(device).type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "bf16: this GPU has it"
-        return torch.float16, "fp16 with loss scaling: this GPU has no bf16"
-    if has_fast_bfloat16():
-        return torch.bfloat16, "bf16: this processor has it"
-    return None, "fp32: this processor has no bf16"
+    gpu = torch.device(device).type == "cuda"
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else has_fast_bfloat16()
+    best = "bf16" if has_bf16 else "fp16" if gpu else "fp32"
+    possible = {"auto": best, "bf16": best, "fp16": "fp16" if gpu else best, "fp32": "fp32"}
+    got = possible[wanted]
+    reason = f"{got}, as asked" if got == wanted else f"{got}: {'this GPU' if gpu else 'this processor'} {REASONS[got]}"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[got], reason
+
+
+REASONS = {"bf16": "multiplies bfloat16 in hardware", "fp16": "has no bfloat16", "fp32": "has no fast 16-bit numbers"}
+
+def keep_memory(on: bool = True) -> bool:
+    """Let the C library keep freed memory for the next step; False where it cannot be told to (only glibc can).
+
+    By default glibc fetches each large block from the kernel, which clears every page of it, and gives it back when freed.
+    A training step frees and fetches the same blocks again and again.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    size = 2**30 if on else 2**17  # 2**17 is glibc's own choice
+    return all([mallopt(M_MMAP_THRESHOLD, size), mallopt(M_TRIM_THRESHOLD, size)])
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers from malloc.h
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used; the message says which and what to do."""
@@ -273,6 +293,8 @@ def train(
     """
     set_seed(config.seed)
     run = Run(model, config)
+    if run.device.type == "cpu":
+        keep_memory()
     if resume and folder and (Path(folder) / "checkpoint.pt").exists():
         run.restore(load_checkpoint(folder))
     fast = torch.compile(model) if config.compile else model
