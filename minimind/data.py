@@ -8,10 +8,10 @@ __all__ = ['BLANK', 'ROLES', 'EXAMPLES', 'KEYS', 'MAX_LINE', 'READERS', 'INVISIB
            'decode', 'jsonl_rows', 'text_rows', 'needs', 'without_nones', 'parquet_rows', 'dataset_rows', 'reader_of',
            'data_files', 'data_rows', 'is_saved_dataset', 'Problems', 'check_file', 'good_rows', 'read_texts',
            'read_conversations', 'read_preferences', 'clean', 'fingerprint', 'exact_duplicates', 'shingles',
-           'near_duplicates', 'word_runs', 'overlapping', 'in_validation', 'Mixture', 'endless', 'draw', 'new_folder',
-           'line_writer', 'write_jsonl', 'ByteTokenizer', 'batches', 'ShardWriter', 'write_shards', 'JoinedArray',
-           'TokenShards', 'key_of', 'write_parts', 'strings', 'select_rows', 'stage_sources', 'check_stages', 'prepare',
-           'write_world', 'prepare_world', 'unread']
+           'near_duplicates', 'word_runs', 'overlapping', 'in_validation', 'ByteTokenizer', 'Mixture', 'endless',
+           'draw', 'new_folder', 'batches', 'ShardWriter', 'write_shards', 'JoinedArray', 'TokenShards', 'line_writer',
+           'write_jsonl', 'key_of', 'write_parts', 'strings', 'select_rows', 'stage_sources', 'check_stages',
+           'write_world', 'prepare_world', 'unread', 'prepare']
 
 # %% ../chapters/01_data.ipynb #data-imports
 import errno
@@ -63,7 +63,7 @@ def text_problem(value, name: str) -> str | None:
         return f'"{name}" has half a character (\\u{ord(half.group()):x}) that UTF-8 cannot write'
     return None
 
-# %% ../chapters/01_data.ipynb #data-chat-problem
+# %% ../chapters/01_data.ipynb #data-message-problem
 ROLES = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
 
 
@@ -78,7 +78,7 @@ def message_problem(message, name: str) -> str | None:
             return None  # a call or a thought may stand without an answer
     return text_problem(message.get("content"), f"{name}.content")
 
-
+# %% ../chapters/01_data.ipynb #data-chat-problem
 def chat_problem(messages, name: str) -> str | None:
     """What is wrong with a conversation; None if nothing is. Order: system?, then user and assistant in turn."""
     if not isinstance(messages, list) or not messages:
@@ -278,7 +278,7 @@ def data_rows(source: str | Path, kind: str) -> Iterator[tuple[str, int, dict, s
 def is_saved_dataset(source: str | Path) -> bool:
     return any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
-# %% ../chapters/01_data.ipynb #data-check-file
+# %% ../chapters/01_data.ipynb #data-problems
 class Problems:
     """Collects what is wrong: the first 20 in full, the line numbers of all."""
 
@@ -367,28 +367,28 @@ def exact_duplicates(texts: Iterable[str]) -> list[tuple[int, int]]:
             pairs.append((original, i))
     return pairs
 
-# %% ../chapters/01_data.ipynb #data-near
+# %% ../chapters/01_data.ipynb #data-shingles
 def shingles(text: str, size: int = 5) -> set[str]:
-    """All pieces of `size` characters: two texts are as alike as they share pieces."""
+    """All pieces of `size` characters of a text; the text itself if it is shorter."""
     return {text[i : i + size] for i in range(max(1, len(text) - size + 1))}
 
+# %% ../chapters/01_data.ipynb #data-near
+def near_duplicates(texts: Iterable[str], threshold: float = 0.7, permutations: int = 128) -> list[tuple[int, int]]:
+    """Pairs (first, later) of texts whose shingles overlap by `threshold` or more, as estimated by MinHash (Broder 1997).
 
-def near_duplicates(texts: Iterable[str], threshold: float = 0.8, permutations: int = 128) -> list[tuple[int, int]]:
-    """Pairs (first, later) whose shingles overlap by `threshold` or more, found by MinHash (Broder 1997) and banding.
-
-    The estimate is off by about 1 / sqrt(permutations): 0.09 for 128.
+    The standard error of the estimate is at most 0.5 / sqrt(permutations): 0.044 for 128.
     """
     from datasketch import MinHash, MinHashLSH
 
-    index, pairs = MinHashLSH(threshold=threshold, num_perm=permutations), []
-    sketches = {}
+    index = MinHashLSH(threshold=threshold - 0.1, num_perm=permutations)  # lower: bands miss some pairs that are just above
+    sketches, pairs = {}, []
     for i, text in enumerate(texts):
         sketch = MinHash(num_perm=permutations)
         sketch.update_batch([piece.encode() for piece in shingles(text)])
         alike = [j for j in index.query(sketch) if sketch.jaccard(sketches[j]) >= threshold]
         if alike:
             pairs.append((min(alike), i))
-        else:
+        else:  # only texts that are kept can be the first of a pair
             index.insert(i, sketch)
             sketches[i] = sketch
     return pairs
@@ -410,6 +410,15 @@ def overlapping(texts: Iterable[str], evaluation: Iterable[str], size: int = 13)
 def in_validation(text: str, share: float) -> bool:
     """Whether a text belongs to the held-out part. Depends on the text alone, so it stays there when data is added."""
     return int.from_bytes(fingerprint(text)[:8], "big") < share * 2**64
+
+# %% ../chapters/01_data.ipynb #data-bytes
+class ByteTokenizer:
+    """The smallest tokenizer there is: a byte is a token. It stands in until chapter 02 has a real one."""
+
+    eos_id, vocab_size = 0, 257
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[byte + 1 for byte in text.encode()] for text in texts]
 
 # %% ../chapters/01_data.ipynb #data-mixture
 @dataclass(frozen=True)
@@ -483,35 +492,6 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         raise DataError(f"{folder}: the disk is full; nothing was kept. Make room, or choose another disk, then start again.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-# %% ../chapters/01_data.ipynb #data-write-jsonl
-@contextmanager
-def line_writer(path: Path) -> Iterator[Callable[[dict], None]]:
-    """A function that writes one row a line, as gzip if the name ends in .gz; the same rows give the same bytes."""
-    with open(path, "wb") as raw:
-        file = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.name.endswith(".gz") else raw
-        yield lambda row: file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        if file is not raw:
-            file.close()  # writes the checksum; raw is closed by the with
-
-
-def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
-    """Writes rows to a .jsonl or .jsonl.gz file and returns their number."""
-    count = 0
-    with line_writer(Path(path)) as write:
-        for row in rows:
-            write(row)
-            count += 1
-    return count
-
-# %% ../chapters/01_data.ipynb #data-bytes
-class ByteTokenizer:
-    """The smallest tokenizer there is: a byte is a token. It stands in until chapter 02 has a real one."""
-
-    eos_id, vocab_size = 0, 257
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [[byte + 1 for byte in text.encode()] for text in texts]
 
 # %% ../chapters/01_data.ipynb #data-batches
 def batches(texts: Iterable[str], characters: int = 250_000) -> Iterator[list[str]]:
@@ -632,6 +612,26 @@ class TokenShards:
         i = range(len(self))[i]
         return self.tokens[int(self.documents[i]) : int(self.documents[i + 1])]
 
+# %% ../chapters/01_data.ipynb #data-write-jsonl
+@contextmanager
+def line_writer(path: Path) -> Iterator[Callable[[dict], None]]:
+    """A function that writes one row a line, as gzip if the name ends in .gz; the same rows give the same bytes."""
+    with open(path, "wb") as raw:
+        file = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.name.endswith(".gz") else raw
+        yield lambda row: file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        if file is not raw:
+            file.close()  # writes the checksum; raw is closed by the with
+
+
+def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
+    """Writes rows to a .jsonl or .jsonl.gz file and returns their number."""
+    count = 0
+    with line_writer(Path(path)) as write:
+        for row in rows:
+            write(row)
+            count += 1
+    return count
+
 # %% ../chapters/01_data.ipynb #data-write-parts
 def key_of(row: dict) -> str:
     """What decides about duplicates and the part of the split: the text, or the whole chat."""
@@ -698,31 +698,6 @@ def check_stages(sources: dict[str, str | Path]) -> dict[str, int]:
         raise DataError("\n".join(problems))
     return counts
 
-# %% ../chapters/01_data.ipynb #data-prepare
-def prepare(source: str | Path | None, folder: str | Path, world_sizes: dict) -> dict:
-    """Makes the data folder that all later chapters read and returns what stands in its about.json.
-
-    source: None or "world", a file or folder of pretraining text, a folder with pretrain/ sft/ dpo/ evals/,
-    or "hf:owner/name". A stage that the source lacks takes the world's data, and says so.
-    DataError lists every bad line of every file; then nothing is written.
-    """
-    sources = stage_sources(source)
-    counts = check_stages(sources)
-    evaluation = good_rows(sources["evals"], "evals") if "evals" in sources else []
-    known = {run for row in evaluation for text in strings(row) for run in word_runs(text)}
-    about = {"source": str(source or "world"), "stages": {}, "notes": []}
-    with new_folder(folder) as new:
-        for stage in ("pretrain", "sft", "dpo"):
-            if stage in sources:
-                removed = {"duplicates": 0, "in_evaluation": 0}
-                rows = select_rows(good_rows(sources[stage], stage), known, removed)
-                parts = write_parts(rows, new / stage, share=max(0.02, min(0.5, 20 / counts[stage])))
-                about["stages"][stage] = {"source": str(sources[stage]), "rows": counts[stage], **parts, **removed}
-        write_world(new, world_sizes, about)
-        about["notes"] += [f"{path} was not read: unknown kind of file" for path in unread(sources)]
-        (new / "about.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-    return about
-
 # %% ../chapters/01_data.ipynb #data-write-world
 def write_world(folder: Path, sizes: dict, about: dict) -> None:
     """Adds the world's data for the stages that are still missing, and the facts and questions that fit them."""
@@ -753,3 +728,29 @@ def unread(sources: dict) -> list[Path]:
     """Files in the folders that no reader knows; they are named, so that nothing is left out in silence."""
     folders = [path for path in sources.values() if Path(path).is_dir() and not is_saved_dataset(path)]
     return [path for folder in folders for path in data_files(folder) if reader_of(path) is None]
+
+# %% ../chapters/01_data.ipynb #data-prepare
+def prepare(source: str | Path | None, folder: str | Path, world_sizes: dict) -> dict:
+    """Makes the data folder that all later chapters read and returns what stands in its about.json.
+
+    source: None or "world", a file or folder of pretraining text, a folder with pretrain/ sft/ dpo/ evals/,
+    or "hf:owner/name". A stage that the source lacks takes the world's data, and says so.
+    DataError lists every bad line of every file; then nothing is written.
+    """
+    sources = stage_sources(source)
+    counts = check_stages(sources)
+    evaluation = good_rows(sources["evals"], "evals") if "evals" in sources else []
+    known = {run for row in evaluation for text in strings(row) for run in word_runs(text)}
+    about = {"source": str(source or "world"), "stages": {}, "notes": []}
+    with new_folder(folder) as new:
+        for stage in ("pretrain", "sft", "dpo"):
+            if stage in sources:
+                removed = {"duplicates": 0, "in_evaluation": 0}
+                rows = select_rows(good_rows(sources[stage], stage), known, removed)
+                parts = write_parts(rows, new / stage, share=max(0.02, min(0.5, 20 / counts[stage])))
+                about["stages"][stage] = {"source": str(sources[stage]), "rows": counts[stage], **parts, **removed}
+        write_world(new, world_sizes, about)
+        about["notes"] += [f"{path} was not read: unknown kind of file" for path in unread(sources)]
+        print(*about["notes"], sep="\n", end="\n" * bool(about["notes"]))
+        (new / "about.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    return about
