@@ -270,7 +270,8 @@ def bench(args: argparse.Namespace) -> dict:
                         speeds[name].append(tokens / seconds)
             row = {"model": preset, "text": kind, "row": task.length, "fill": round(task.fill(), 3),
                    "tokens_per_second": {name: statistics.median(v) for name, v in speeds.items()}, "all": speeds}
-            row["ratio"] = {name: row["tokens_per_second"]["ours"] / v for name, v in row["tokens_per_second"].items()} if "ours" in speeds else {}
+            own = row["tokens_per_second"].get("ours")
+            row["ratio"] = {name: own / v for name, v in row["tokens_per_second"].items()} if own else {}
             peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
             if peak and "ours" in speeds:
                 row["mfu"] = row["tokens_per_second"]["ours"] * flops_per_token(config, task.length) / peak
