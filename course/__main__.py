@@ -1,4 +1,4 @@
-"""`python -m course COMMAND`: the tools around the book."""
+"""`python -m course COMMAND`: the tools around the book. Each command is one module, imported when it is called."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     module.add_arguments(parser)
+    parser.epilog = parser.epilog or getattr(module, "EXAMPLE", None)
     try:
         return module.main(parser.parse_args(argv[1:]))
     except KeyboardInterrupt:

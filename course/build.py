@@ -28,14 +28,16 @@ SIZE_LIMIT = 500_000  # bytes of an executed notebook
 SETUP = '''\
 import importlib.util, os, subprocess, sys
 
-if importlib.util.find_spec("course") is None:  # not on this machine (Colab): fetch the course
-    address = os.environ.get("MINIMIND_COURSE", "{repository}")
-    if not os.path.isdir("minimind-course"):
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, "minimind-course"], check=True)
-    sys.path.insert(0, os.path.abspath("minimind-course"))
+if importlib.util.find_spec("course") is None:  # not installed here (Colab): use the clone beside this notebook, or fetch one
+    folder = ".." if os.path.exists("../course/install.py") else "minimind-course"
+    if not os.path.exists(folder):
+        address = os.environ.get("MINIMIND_COURSE", "{repository}")
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, folder], check=True)
+    sys.path.insert(0, os.path.abspath(folder))
 
-from course import start
+from course import install, start
 
+install.install_missing()  # does nothing on a prepared machine, and never touches torch
 chapter = start("{name}", profile)
 check, show = chapter.check, chapter.show'''
 
