@@ -2,9 +2,12 @@
 # # 8. The training loop
 #
 # At the end of this chapter you have one training loop that every later stage of this book uses.
-# You build it one feature at a time, see each feature's effect in a run of seconds, and then kill the run to prove that it resumes bit for bit.
+# You start from six lines, break them in five ways, and repair each break with one feature: warm-up, clipping, accumulation, loss scaling, checkpoints.
+# Then you kill the run with `kill -9` and prove that it continues bit for bit.
 #
-# Reading 35 minutes; running: smoke 15 s, cpu 90 s.
+# You need: the model of chapter 07, cross-entropy from chapter 03, and what a gradient is.
+#
+# Reading 40 minutes; running: smoke 25 s, cpu 90 s.
 
 # %% id="parameters" tags=["parameters"]
 profile = "cpu"
@@ -16,7 +19,31 @@ profile = "cpu"
 #| default_exp train
 
 # %% [markdown]
-# ## What the loop needs from outside
+# The whole chapter in one picture: the blue boxes are the six lines that you start from, the orange ones are what you add.
+
+# %% id="train-map"
+import matplotlib.pyplot as plt
+
+boxes = [
+    ("batch\n[step]", "C0"), ("loss\n(16 bit)", "C0"), ("scale the\nloss", "C1"), ("gradient", "C0"), ("add up micro-\nbatches", "C1"),
+    ("clip", "C1"), ("schedule:\nrate(step)", "C1"), ("optimiser\nstep", "C0"), ("checkpoint", "C1"),
+]  # fmt: skip
+fig, ax = plt.subplots(figsize=(7, 1.5))
+for x, (label, colour) in enumerate(boxes):
+    ax.text(x, 0, label, ha="center", va="center", fontsize=7.5, bbox=dict(boxstyle="round,pad=0.35", fc="white", ec=colour, lw=1.6))
+    if x:
+        ax.annotate("", (x - 0.36, 0), (x - 0.62, 0), arrowprops=dict(arrowstyle="->", lw=1))
+ax.annotate("", (0, 0.35), (8, 0.35), arrowprops=dict(arrowstyle="->", lw=1, connectionstyle="arc3,rad=0.12"))
+ax.text(4, 1.25, "next step", ha="center", fontsize=8)
+ax.set(xlim=(-0.6, 8.6), ylim=(-0.6, 1.5))
+ax.axis("off")
+show(fig, "One step of the loop, left to right: blue is the plain loop, orange is what this chapter adds.")
+
+# %% [markdown]
+# ## Six lines that train
+#
+# Chapter 07 left a model whose first loss is ln V: it knows nothing. Training is what changes that.
+# For quick runs we take a small model of three layers and use the bytes of the text as tokens, so that V is 256 and no tokenizer is needed.
 
 # %% id="train-imports"
 #| export
@@ -37,7 +64,91 @@ from torch import nn
 from minimind.data import set_seed
 
 # %% [markdown]
-# ## Settings and schedule
+# A batch is addressed by its number: `batches[5]` is always the same batch.
+# This small rule pays off twice. Any two runs see the same data, and a run that was killed knows where it stood: the data position is the step.
+
+# %% id="train-byte-batches"
+from minimind.data import read_texts
+
+texts = [text for text, _ in zip(read_texts(chapter.read("data") / "pretrain" / "train.jsonl.gz"), range(3000))]
+stream = torch.frombuffer(bytearray("\n".join(texts).encode()), dtype=torch.uint8).long()
+
+
+class ByteBatches:
+    def __init__(self, batch_size=16, context=64, spikes=()):
+        self.batch_size, self.context, self.spikes = batch_size, context, spikes
+
+    def __getitem__(self, step):
+        generator = torch.Generator().manual_seed(step)
+        starts = torch.randint(len(stream) - self.context - 1, (self.batch_size, 1), generator=generator)
+        rows = stream[starts + torch.arange(self.context + 1)]  # (B, T+1)
+        if step in self.spikes:  # a damaged file: one random byte, repeated to the end of the row
+            rows = torch.randint(256, (self.batch_size, 1), generator=generator).repeat(1, self.context + 1)
+        return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
+
+# %% [markdown]
+# The same number gives the same batch, whenever we ask:
+
+# %% id="train-same-batch"
+batches = ByteBatches()
+assert torch.equal(batches[5]["input_ids"], batches[5]["input_ids"])
+print(bytes(batches[5]["input_ids"][0].tolist()).decode())
+
+# %% [markdown]
+# The loss function gets a model and a batch and returns the mean loss and a dict of further numbers to log.
+# Pretraining, chat tuning and distillation differ in this function only, so one loop serves them all.
+
+# %% id="train-byte-model"
+from minimind.metrics import cross_entropy
+from minimind.model import MiniMind, ModelConfig
+
+
+def byte_loss(model, batch):
+    return cross_entropy(model(batch["input_ids"]), batch["labels"]), {}
+
+
+def new_model(seed=0):
+    set_seed(seed)
+    small = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=160)
+    return MiniMind(ModelConfig.preset("minimind2-small", vocab_size=256, max_position_embeddings=256, **small))
+
+# %% [markdown]
+# Now the six lines. **Before you run this:** the first loss is known. Is it near 4, 5.5 or 8?
+
+# %% id="train-plain-loop"
+model, losses = new_model(), []
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+for step in range(chapter.steps(chapter.size.steps)):
+    loss, _ = byte_loss(model, batches[step])
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    losses.append(loss.item())
+print(f"first loss {losses[0]:.2f}, ln 256 = {math.log(256):.2f}, last loss {losses[-1]:.2f}")
+assert abs(losses[0] - math.log(256)) < 0.2
+
+# %% [markdown]
+# It learns. But look at the curve: it falls fast to about 3.1 and then hangs there for a long time.
+# At 3.1 the model only knows how frequent each byte is. The rest of this chapter asks what that plateau costs, and what else goes wrong.
+
+# %% id="train-plain-figure"
+fig, ax = plt.subplots(figsize=(7, 2.6))
+ax.plot(losses)
+counts = torch.bincount(stream, minlength=256).float()
+entropy = -(counts / counts.sum() * (counts / counts.sum()).clamp(min=1e-12).log()).sum().item()
+ax.axhline(entropy, color="grey", ls=":")
+ax.text(len(losses), entropy + 0.06, "byte frequencies alone", ha="right", fontsize=8, color="dimgrey")
+ax.set(xlabel="step", ylabel="loss (nats per byte)")
+show(fig, "The plain loop: the loss falls quickly to what byte frequencies alone can reach and stays there for many steps.")
+
+# %% [markdown]
+# ## The learning rate over time
+#
+# Adam divides each gradient by a running estimate of its size. In the first steps this estimate rests on one or two batches,
+# so every weight takes a full step of the learning rate in a direction that is mostly noise.
+# **Warm-up** makes these first steps small. At the other end, **decay** makes the last steps small, because a large step cannot settle in a narrow valley.
+#
+# All settings of a run live in one dataclass. The three that matter here are shares, so that they fit a run of any length.
 
 # %% id="train-config"
 #| export
@@ -61,6 +172,14 @@ class TrainConfig:
     save_every: int = 0  # 0: only at the end
     compile: bool = False
 
+# %% [markdown]
+# Take a run of 10 steps, with peak 1, warm-up over 2 steps and decay over 5. By hand:
+# the rise is 1/2, 2/2; then flat; then the fall counts the steps that are left, 5/5, 4/5, ..., 1/5, mixed with the final rate.
+#
+# $$ \text{rate}(s) = \text{peak} \cdot \min\Big(1,\ \tfrac{s+1}{w},\ f + (1-f)\,\tfrac{S-s}{d}\Big) $$
+#
+# Here $S$ is the number of steps, $w$ and $d$ the steps of warm-up and decay, $f$ the final share.
+
 # %% id="train-learning-rate"
 #| export
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -70,7 +189,64 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     return config.learning_rate * min(1.0, rise, config.final_lr + (1 - config.final_lr) * fall)
 
 # %% [markdown]
-# ## The optimiser
+# The numbers by hand and the function agree:
+
+# %% id="train-learning-rate-check"
+ten = TrainConfig(steps=10, learning_rate=1.0, warmup=0.2, decay=0.5, final_lr=0.0)
+by_hand = [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]
+assert np.allclose([learning_rate_at(step, ten) for step in range(10)], by_hand)
+
+# %% [markdown]
+# This shape is called a trapezoid, or warm-up, stable, decay. The cosine that older recipes use is drawn beside it.
+# The trapezoid has one practical gain: until the decay begins, you need not know how long the run will be.
+
+# %% id="train-schedule-figure"
+shape = TrainConfig(steps=1000)
+steps = np.arange(1000)
+cosine = 0.1 + 0.45 * (1 + np.cos(np.pi * steps / 1000))
+fig, ax = plt.subplots(figsize=(7, 2.4))
+ax.plot(steps, [learning_rate_at(step, shape) / shape.learning_rate for step in steps], label="warm-up, flat, linear decay (ours)")
+ax.plot(steps, cosine * np.minimum(1, (steps + 1) / 20), label="cosine")
+ax.set(xlabel="step", ylabel="share of the peak rate")
+ax.legend()
+show(fig, "Both schedules rise during the first 2% of the steps and end at a tenth of the peak; ours stays flat until half of the run.")
+
+# %% [markdown]
+# **Exercise 8.1 (10 min, ★).** Without running it: what is the rate at step 0 when `warmup=0`? What would go wrong with `step / w` in place of `(step + 1) / w`?
+#
+# To see what warm-up does we need the loop itself. It comes next, piece by piece.
+
+# %% [markdown]
+# ## The optimiser, and what must not decay
+#
+# One AdamW step by hand, on one weight. The gradient $g$ feeds two running means, of $g$ and of $g^2$; both are divided by what is missing at the start;
+# the weight moves by their quotient, and shrinks a little on its own (weight decay):
+#
+# $$ m = \beta_1 m + (1-\beta_1) g, \qquad v = \beta_2 v + (1-\beta_2) g^2, \qquad w \leftarrow w - \eta\lambda w - \eta\, \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon} $$
+
+# %% id="train-adam-by-hand"
+w, m, v, lr, decay, beta1, beta2 = 1.0, 0.0, 0.0, 0.1, 0.01, 0.9, 0.95
+for t, g in enumerate([0.5, 0.0001], start=1):
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    w = w - lr * decay * w - lr * (m / (1 - beta1**t)) / (math.sqrt(v / (1 - beta2**t)) + 1e-8)
+    print(f"step {t}: gradient {g}, weight {w:.5f}")
+
+# %% [markdown]
+# The first step moves by the full rate of 0.1, whatever the size of the gradient: $m/\sqrt{v}$ is 1 there. That is why the first steps need a warm-up.
+# PyTorch's optimiser gives the same weight:
+
+# %% id="train-adam-check"
+weight = torch.nn.Parameter(torch.tensor(1.0))
+adamw = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.01, betas=(0.9, 0.95), fused=True)
+for g in [0.5, 0.0001]:
+    weight.grad = torch.tensor(g)
+    adamw.step()
+assert abs(weight.item() - w) < 1e-6
+
+# %% [markdown]
+# Weight decay pulls a weight to zero. For a matrix that is a preference for small, spread-out weights.
+# For the gain of a norm it is a mistake: its neutral value is 1, not 0, and a gain of 0 switches the channel off. So vectors do not decay.
+# Our embedding is a matrix and decays: in a tied model it is the output layer as well.
 
 # %% id="train-optimizer-groups"
 #| export
@@ -82,6 +258,18 @@ def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
 
+# %% [markdown]
+# Two groups, and every weight is in exactly one. The gains are few, which is why forgetting this goes unnoticed for so long.
+
+# %% id="train-groups-table"
+model = new_model()
+for group in optimizer_groups(model, 0.1):
+    print(f"decay {group['weight_decay']}: {len(group['params']):3d} tensors, {sum(p.numel() for p in group['params']):8,} weights")
+assert sum(p.numel() for group in optimizer_groups(model, 0.1) for p in group["params"]) == model.num_parameters()
+
+# %% [markdown]
+# `fused=True` updates all weights of a group in one pass over memory instead of a dozen. Chapter 09 measures it.
+
 # %% id="train-make-optimizer"
 #| export
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -90,7 +278,16 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 # %% [markdown]
-# ## Accumulation
+# **Exercise 8.2 (15 min, ★★).** Write `optimizer_groups` with a third group: embeddings without decay (as OLMo 2 does). A tied embedding must not land in two groups. How do you find it?
+
+# %% [markdown]
+# ## Batches too large for memory
+#
+# A large batch gives a steadier gradient but may not fit. **Accumulation** splits it: run micro-batch after micro-batch, let the gradients add up, step once.
+# The result must not depend on how the batch was cut. The trap is what to divide by.
+#
+# Three micro-batches by hand, with 4, 1 and 1 real tokens (the rest is padding, label -100) and token losses of 2, 8 and 8:
+# all tokens together give (4·2 + 8 + 8)/6 = 4. The mean of the three means is (2 + 8 + 8)/3 = 6. The two lonely tokens got four times their weight.
 
 # %% id="train-token-shares"
 #| export
@@ -106,7 +303,110 @@ def token_shares(batches: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     return counts / counts.sum().clamp(min=1), counts.sum()
 
 # %% [markdown]
-# ## Precision
+# Weighted by its share of the tokens, each mean counts as it should:
+
+# %% id="train-shares-by-hand"
+labels = [torch.tensor([[1, 1, 1, 1]]), torch.tensor([[1, -100, -100, -100]]), torch.tensor([[1, -100, -100, -100]])]
+shares, tokens = token_shares([{"labels": row} for row in labels])
+means = torch.tensor([2.0, 8.0, 8.0])
+print("shares", shares.tolist(), "of", tokens.item(), "tokens:", (means * shares).sum().item(), "instead of", means.mean().item())
+assert (means * shares).sum() == 4 and tokens == 6
+
+# %% [markdown]
+# The same on a real gradient. `ragged` keeps only the first few labels of some rows, as short documents would.
+# One batch of 16 rows is cut into 4 micro-batches; the gradient of the whole batch is the truth.
+
+# %% id="train-ragged"
+def ragged(batch, lengths=(64, 16, 8, 4)):
+    labels = batch["labels"].clone()
+    for rows, length in zip(labels.chunk(len(lengths)), lengths):
+        rows[:, length:] = -100
+    return {"input_ids": batch["input_ids"], "labels": labels}
+
+
+def cut(batch, parts=4):
+    return [dict(zip(batch, rows)) for rows in zip(*(tensor.chunk(parts) for tensor in batch.values()))]
+
+
+def gradient(model, parts, weights):
+    model.zero_grad()
+    for part, weight in zip(parts, weights):
+        (byte_loss(model, part)[0] * weight).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+# %% [markdown]
+# **Before you run this:** how far off is the mean of means: 1%, 10%, or more than 50%?
+
+# %% id="train-accumulation-gradient"
+batch = ragged(batches[0])
+parts, whole = cut(batch), gradient(new_model(), [batch], [1.0])
+right = gradient(new_model(), parts, token_shares(parts)[0])
+wrong = gradient(new_model(), parts, [1 / 4] * 4)
+error = lambda g: ((g - whole).norm() / whole.norm()).item()
+print(f"distance from the gradient of the whole batch: token shares {error(right):.1e}, mean of means {error(wrong):.0%}")
+assert error(right) < 1e-4 < error(wrong)
+
+# %% [markdown]
+# And in training: three runs on the same data, whole batches against two ways of accumulating.
+
+# %% id="train-accumulation-runs"
+def accumulate(weigh, steps):
+    model, curve = new_model(), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(steps):
+        batch = ragged(batches[step])
+        parts = cut(batch) if weigh else [batch]
+        weights = weigh(parts) if weigh else [1.0]
+        losses = [byte_loss(model, part)[0] for part in parts]
+        sum(loss * weight for loss, weight in zip(losses, weights)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(sum(loss.item() * share for loss, share in zip(losses, token_shares(parts)[0].tolist())))
+    return curve
+
+
+steps = chapter.steps(chapter.size.accumulation_steps)
+runs = {
+    "one batch of 16": accumulate(None, steps),
+    "4 x 4, token shares": accumulate(lambda parts: token_shares(parts)[0], steps),
+    "4 x 4, mean of means": accumulate(lambda parts: [1 / 4] * 4, steps),
+}
+
+# %% [markdown]
+# The figure shows how far each accumulated run is from the run with whole batches. Token shares stay at rounding noise.
+
+# %% id="train-accumulation-figure"
+reference = np.array(runs["one batch of 16"])
+fig, ax = plt.subplots(figsize=(7, 2.6))
+for name in list(runs)[1:]:
+    ax.semilogy(np.abs(np.array(runs[name]) - reference) + 1e-9, label=name)
+ax.set(xlabel="step", ylabel="difference of loss (nats)")
+ax.legend()
+show(fig, "With token shares the loss stays within rounding of the whole batch; the mean of means trains a different model.")
+drift = {name: np.abs(np.array(curve) - reference).max() for name, curve in runs.items()}
+assert drift["4 x 4, token shares"] < 1e-2 < drift["4 x 4, mean of means"]
+
+# %% [markdown]
+# Libraries got this wrong for years: the `Trainer` of transformers was repaired in October 2024, after training losses with and without accumulation were seen to differ.
+#
+# **Exercise 8.3 (15 min, ★★).** Another common mistake: add up the micro-batch losses and forget to divide. With Adam the loss curve looks almost the same. Why? With clipping it does not. Why?
+
+# %% [markdown]
+# ## 16-bit numbers
+#
+# 16-bit numbers halve the memory and more than double the speed of matrix products, on hardware that has them.
+# There are two kinds, and they fail differently. `bfloat16` keeps the range of float32 and gives up digits; `float16` keeps more digits and gives up range.
+
+# %% id="train-formats"
+for kind in (torch.float32, torch.bfloat16, torch.float16):
+    info = torch.finfo(kind)
+    print(f"{str(kind):15} largest {info.max:8.1e}   smallest normal {info.tiny:8.1e}   next after 1: 1 + {info.eps:.1e}")
+assert torch.tensor(256, dtype=torch.bfloat16) + 1 == 256  # too few digits to count to 257
+assert torch.tensor(1e-8, dtype=torch.float16) == 0  # too small for its range
+
+# %% [markdown]
+# Weights therefore stay in float32, where small updates are not lost, and **autocast** runs only the matrix products in 16 bits.
+# Which kind a machine does fast decides. A processor without bfloat16 emulates it, slower than float32.
 
 # %% id="train-fast-bfloat16"
 #| export
@@ -118,8 +418,14 @@ def has_fast_bfloat16() -> bool:
     info = Path("/proc/cpuinfo")
     return info.exists() and bool(flags & set(info.read_text().split()))
 
+# %% [markdown]
+# A wish that the machine cannot fulfil fast is replaced, and the reason says so:
+
 # %% id="train-pick-precision"
 #| export
+REASONS = {"bf16": "multiplies bfloat16 in hardware", "fp16": "has no bfloat16", "fp32": "has no fast 16-bit numbers"}
+
+
 def pick_precision(device: torch.device | str, wanted: str = "auto") -> tuple[torch.dtype | None, str]:
     """The autocast type for `device` (None is plain float32) and the reason, in words.
 
@@ -135,14 +441,153 @@ def pick_precision(device: torch.device | str, wanted: str = "auto") -> tuple[to
     reason = f"{got}, as asked" if got == wanted else f"{got}: {'this GPU' if gpu else 'this processor'} {REASONS[got]}"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[got], reason
 
+# %% id="train-pick-precision-table"
+for wanted in ("auto", "bf16", "fp16", "fp32"):
+    print(f"{wanted:5} -> {pick_precision(chapter.device, wanted)[1]}")
 
-REASONS = {"bf16": "multiplies bfloat16 in hardware", "fp16": "has no bfloat16", "fp32": "has no fast 16-bit numbers"}
+# %% [markdown]
+# ### Loss scaling, simulated
+#
+# Graphics cards before 2020 (a Colab T4, say) have only float16. Its smallest number is $6\cdot10^{-8}$, and gradients are often smaller: the loss is a mean over many tokens,
+# so each token's gradient is divided by their number. The cure: multiply the loss by a large number $s$, and divide the weights' gradients by $s$ in float32.
+#
+# We can watch this on a processor. `Half` passes a tensor on unchanged, but sends its gradient back through float16, as a float16 layer would.
+
+# %% id="train-half"
+class Half(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        seen.append(gradient.abs().flatten())
+        return gradient.half().float()  # too small becomes 0, too large becomes inf
+
+
+seen = []
+
+# %% [markdown]
+# The setting: this batch is one of 256 micro-batches, so its loss is divided by 256. We look at all gradients that arrive at the logits.
+
+# %% id="train-gradient-sizes"
+def half_loss(model, batch, share=1 / 256, scale=1.0):
+    logits = Half.apply(model(batch["input_ids"]))
+    return cross_entropy(logits, batch["labels"]) * share * scale
+
+
+half_loss(new_model(), batches[0]).backward()
+sizes = seen.pop()
+lost = (sizes.half() == 0).float().mean().item()
+kept = 1 - ((sizes * 2**16).half() == 0).float().mean().item()
+print(f"{lost:.0%} of the gradients become 0 in float16; scaled by 2^16, {kept:.0%} survive")
+assert lost > 0.5 and kept > 0.95
+
+# %% [markdown]
+# The same as a picture. Scaling moves the whole hill to the right, into the range that float16 can hold.
+
+# %% id="train-gradient-figure"
+fig, ax = plt.subplots(figsize=(7, 2.8))
+for scale, label in ((1, "as they are"), (2**16, "loss times 65,536")):
+    ax.hist((sizes * scale).clamp(min=1e-12).log10().numpy(), bins=80, histtype="step", lw=1.8, label=label, ls="-" if scale == 1 else "--", color="C0" if scale == 1 else "C1")
+for edge, name in ((6e-8, "smallest float16"), (65504, "largest")):
+    ax.axvline(math.log10(edge), color="grey", ls=":")
+    ax.text(math.log10(edge), ax.get_ylim()[1], name, ha="right", va="top", rotation=90, fontsize=8, color="dimgrey")
+ax.set(xlabel="size of a gradient at the logits (power of ten)", ylabel="count")
+ax.legend()
+show(fig, "Left of the first dotted line a gradient becomes zero in float16; multiplying the loss moves all of them to the right.")
+
+# %% [markdown]
+# How large should $s$ be? Nobody needs to know: start high, halve it when a gradient overflows (and skip that step), double it after some good steps.
+
+# %% id="train-tiny-scaler"
+class TinyScaler:
+    def __init__(self, scale=2.0**24, patience=10):
+        self.scale, self.patience, self.good = scale, patience, 0
+
+    def update(self, overflow):
+        self.good = 0 if overflow else self.good + 1
+        if overflow:
+            self.scale /= 2
+        elif self.good == self.patience:
+            self.scale, self.good = self.scale * 2, 0
+
+# %% [markdown]
+# Three runs: float32; float16 without scaling; float16 with our scaler, which starts far too high on purpose.
+
+# %% id="train-half-runs"
+def half_run(steps, scaler=None, share=1 / 256):
+    model, curve, scales = new_model(), [], []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(steps):
+        scale = scaler.scale if scaler else 1.0
+        loss = half_loss(model, batches[step], share, scale)
+        loss.backward()
+        for p in model.parameters():
+            p.grad /= scale
+        overflow = not all(p.grad.isfinite().all() for p in model.parameters())
+        if not overflow:
+            optimizer.step()
+        if scaler:
+            scaler.update(overflow)
+        optimizer.zero_grad()
+        curve.append(loss.item() / share / scale)
+        scales.append(scale)
+    return curve, scales
+
+
+steps = chapter.steps(chapter.size.half_steps)
+full, _ = half_run(steps, share=1.0)
+unscaled, _ = half_run(steps)
+scaled, scales = half_run(steps, TinyScaler())
+
+# %% [markdown]
+# Without scaling most of the signal is gone. With it, after a few skipped steps, the run follows float32.
+
+# %% id="train-half-figure"
+fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.7))
+for curve, label in ((full, "share 1: nothing lost"), (unscaled, "share 1/256, no scaling"), (scaled, "share 1/256, scaling")):
+    left.plot(curve, label=label)
+left.set(xlabel="step", ylabel="loss (nats per byte)")
+left.legend(fontsize=8)
+right.semilogy(scales, base=2)
+right.set(xlabel="step", ylabel="scale")
+show(fig, "Left: without scaling float16 learns slower or not at all. Right: the scale halves at each overflow until gradients fit, then rises again.")
+if len(scaled) > 20:
+    assert np.mean(scaled[-5:]) < np.mean(unscaled[-5:])
+
+# %% [markdown]
+# PyTorch's own `GradScaler` follows the same rule. We feed both the same pattern of overflows:
+
+# %% id="train-scaler-check"
+theirs = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=10)
+ours, point = TinyScaler(), torch.nn.Parameter(torch.zeros(1))
+sgd = torch.optim.SGD([point], lr=0.1)
+for step in range(60):
+    overflow = step in (0, 1, 2, 30)
+    theirs.scale(point.sum()).backward()
+    point.grad.fill_(math.inf if overflow else 1.0)
+    theirs.step(sgd)
+    theirs.update()
+    ours.update(overflow)
+    assert theirs.get_scale() == ours.scale
+
+# %% [markdown]
+# bfloat16 needs none of this: its range is that of float32. The loop uses the scaler for float16 only.
+#
+# **Exercise 8.4 (10 min, ★).** Why must clipping come after the division by the scale, and why must a skipped step not count as a step of Adam?
 
 # %% [markdown]
 # ## Memory that stays
+#
+# One gain belongs to the processor alone and has nothing to do with arithmetic. A step allocates the same large tensors as the step before.
+# The C library fetches each from the kernel and returns it when freed; the kernel clears every page again. We ask it to keep them.
 
 # %% id="train-keep-memory"
 #| export
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers from malloc.h
+
+
 def keep_memory(on: bool = True) -> bool:
     """Let the C library keep freed memory for the next step; False where it cannot be told to (only glibc can).
 
@@ -156,81 +601,32 @@ def keep_memory(on: bool = True) -> bool:
     size = 2**30 if on else 2**17  # 2**17 is glibc's own choice
     return all([mallopt(M_MMAP_THRESHOLD, size), mallopt(M_TRIM_THRESHOLD, size)])
 
+# %% [markdown]
+# The gain shows wherever tensors are large, such as the 32 MB of float32 logits of a batch:
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers from malloc.h
+# %% id="train-keep-memory-measure"
+def seconds_of_a_loss(rows=chapter.size.logit_rows, repeats=5):
+    logits, labels, best = torch.randn(1, rows, 2048, requires_grad=True), torch.zeros(1, rows, dtype=torch.long), math.inf
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        cross_entropy(logits, labels).backward()
+        best = min(best, time.perf_counter() - begin)
+        logits.grad = None
+    return best
+
+
+keep_memory(False)
+returned = seconds_of_a_loss()
+possible = keep_memory()
+kept = seconds_of_a_loss()
+print(f"loss and gradient: memory returned {returned * 1e3:.0f} ms, kept {kept * 1e3:.0f} ms" if possible else "only glibc (Linux) can be told to keep memory")
+speedup = check("train/keep_memory_speedup", returned / kept)
 
 # %% [markdown]
-# ## Checkpoints
-
-# %% id="train-save-checkpoint"
-#| export
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used; the message says which and what to do."""
-
-
-def save_checkpoint(folder: str | Path, state: dict) -> Path:
-    """Write `state` to `folder`/checkpoint.pt so that a kill at any moment leaves the old file or the new one whole."""
-    final = Path(folder) / "checkpoint.pt"
-    part = final.with_suffix(".part")
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
-        os.replace(part, final)  # one step for every reader: old file before, new file after
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise CheckpointError(f"{final}: could not be written ({error}); the last good checkpoint is untouched") from error
-    return final
-
-# %% id="train-load-checkpoint"
-#| export
-def load_checkpoint(folder: str | Path) -> dict:
-    """Read `folder`/checkpoint.pt to the CPU; CheckpointError when it is missing or damaged. Runs no code from the file."""
-    path = Path(folder) / "checkpoint.pt"
-    if not path.exists():
-        raise CheckpointError(f"{path}: no checkpoint there; start without resume")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several types for a damaged file
-        raise CheckpointError(f"{path}: truncated or damaged ({path.stat().st_size:,} bytes); delete it and start again") from error
-
-# %% id="train-random-state"
-#| export
-def random_state() -> dict:
-    """The state of every random generator that a training step may use, in types that load safely."""
-    kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": (kind, keys.tolist(), *rest), "python": random.getstate()}
-
-
-def set_random_state(state: dict) -> None:
-    """Put back what `random_state` returned."""
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    np.random.set_state(state["numpy"])
-    random.setstate(state["python"])
-
-# %% id="train-load-weights"
-#| export
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Strict loading; CheckpointError names the weights that are missing, unexpected or of another shape."""
-    own = model.state_dict()
-    wrong = [f"{name}: missing in the checkpoint" for name in own if name not in weights]
-    wrong += [f"{name}: not in this model" for name in weights if name not in own]
-    wrong += [
-        f"{name}: {tuple(weights[name].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
-        for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    if wrong:
-        raise CheckpointError(f"checkpoint of another model, {len(wrong)} weights differ, such as\n  " + "\n  ".join(wrong[:3]))
-    model.load_state_dict(weights)
-
-# %% [markdown]
-# ## The loop
+# ## The loop, first half: one step
+#
+# Everything that changes during a run lives in one object, because that is exactly what a checkpoint must hold.
+# `History` keeps what was logged.
 
 # %% id="train-history"
 #| export
@@ -273,34 +669,25 @@ class Run:
         self.clock = now
 
     def state(self) -> dict:
-        """The checkpoint: all of the above, plus the random state and the settings."""
-        return {
-            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-            "step": self.step, "tokens": self.tokens, "seconds": self.seconds, "window": self.window,
-            "window_start": self.window_start, "history": asdict(self.history),
-            "config": asdict(self.config), "random": random_state(),
-        }  # fmt: skip
+        """What a checkpoint holds: the state of every part, the random state and the settings."""
+        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
+        numbers = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "window", "window_start")}
+        return parts | numbers | {"history": asdict(self.history), "config": asdict(self.config), "random": random_state()}
 
-    def restore(self, state: dict) -> None:
-        """Continue from a checkpoint; CheckpointError when its settings or sizes are not these."""
-        check_same_settings(state["config"], asdict(self.config))
-        load_weights(self.model, state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.seconds, self.window_start = state["step"], state["seconds"], tuple(state["window_start"])
-        self.tokens = state["tokens"].to(self.device)
-        self.window = {name: value.to(self.device) for name, value in state["window"].items()}
-        self.history = History(**state["history"])
-        set_random_state(state["random"])
+# %% [markdown]
+# One step. Nothing in it asks for a number: `loss.item()` would wait until the device has finished, every step. Sums stay tensors, on the device.
+#
+# **Clipping** is the line with `clip_grad_norm_`. By hand: the gradient (3, 4) has norm 5; clipped to norm 1 it becomes (0.6, 0.8). The direction stays, the length is capped.
 
-# %% id="train-same-settings"
-#| export
-def check_same_settings(saved: dict, given: dict) -> None:
-    """A resumed run must have the settings that it began with; only how often it reports and saves may change."""
-    free = {"log_every", "eval_every", "save_every"}
-    changed = [f"{key}: {saved[key]!r} then, {given[key]!r} now" for key in given if key not in free and saved.get(key) != given[key]]
-    if changed:
-        raise CheckpointError("cannot resume with other settings (" + "; ".join(changed) + "); give the same, or start without resume")
+# %% id="train-clip-by-hand"
+point = torch.nn.Parameter(torch.zeros(2))
+point.grad = torch.tensor([3.0, 4.0])
+norm = nn.utils.clip_grad_norm_([point], max_norm=1.0)
+print("norm before:", norm.item(), "clipped:", point.grad.tolist())
+assert norm == 5 and torch.allclose(point.grad, torch.tensor([0.6, 0.8]), atol=1e-5)
+
+# %% [markdown]
+# With accumulation, step s reads the micro-batches s·a to s·a + a - 1. The data position still follows from the step alone.
 
 # %% id="train-one-step"
 #| export
@@ -325,6 +712,9 @@ def train_step(run: Run, model: nn.Module, batches, loss_fn: Callable) -> None:
     run.optimizer.zero_grad()
     run.window["grad_norm"] = run.window.get("grad_norm", 0) + norm
     run.tokens, run.step = run.tokens + tokens, run.step + 1
+
+# %% [markdown]
+# Every few steps the sums become numbers. A loss that is no number stops the run here, before a checkpoint could keep it.
 
 # %% id="train-write-log"
 #| export
@@ -359,6 +749,113 @@ def write_evaluation(run: Run, evaluate: Callable) -> None:
     result = result if isinstance(result, dict) else {"value": result}
     run.history.evals.append({"step": run.step, "tokens": int(run.tokens), **result})
 
+# %% [markdown]
+# ## Checkpoints: what a run must remember
+#
+# A saved model is not a checkpoint. To continue as if nothing had happened, the loop needs the weights, Adam's two running means, the loss scale, the step (which gives the schedule
+# and the data position) and the state of every random generator.
+
+# %% id="train-random-state"
+#| export
+def random_state() -> dict:
+    """The state of every random generator that a training step may use, in types that load safely."""
+    kind, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": (kind, keys.tolist(), *rest), "python": random.getstate()}
+
+
+def set_random_state(state: dict) -> None:
+    """Put back what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+
+# %% [markdown]
+# A half-written file must never take the place of a whole one. So we write beside it, force the bytes to the disk, and rename: a rename happens entirely or not at all.
+
+# %% id="train-save-checkpoint"
+#| export
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, read or used; the message says which and what to do."""
+
+
+def save_checkpoint(folder: str | Path, state: dict) -> Path:
+    """Write `state` to `folder`/checkpoint.pt so that a kill at any moment leaves the old file or the new one whole."""
+    final = Path(folder) / "checkpoint.pt"
+    part = final.with_suffix(".part")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
+        os.replace(part, final)  # one step for every reader: old file before, new file after
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        raise CheckpointError(f"{final}: could not be written ({error}); the last good checkpoint is untouched") from error
+    return final
+
+# %% [markdown]
+# Reading is strict. `weights_only=True` lets the file hold data but no code, which a pickle otherwise may. A damaged file gives one clear error.
+
+# %% id="train-load-checkpoint"
+#| export
+def load_checkpoint(folder: str | Path) -> dict:
+    """Read `folder`/checkpoint.pt to the CPU; CheckpointError when it is missing or damaged. Runs no code from the file."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise CheckpointError(f"{path}: no checkpoint there; start without resume")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises several types for a damaged file
+        raise CheckpointError(f"{path}: truncated or damaged ({path.stat().st_size:,} bytes); delete it and start again") from error
+
+# %% id="train-load-weights"
+#| export
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Strict loading; CheckpointError names the weights that are missing, unexpected or of another shape."""
+    own = model.state_dict()
+    wrong = [f"{name}: missing in the checkpoint" for name in own if name not in weights]
+    wrong += [f"{name}: not in this model" for name in weights if name not in own]
+    wrong += [
+        f"{name}: {tuple(weights[name].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if wrong:
+        raise CheckpointError(f"checkpoint of another model, {len(wrong)} weights differ, such as\n  " + "\n  ".join(wrong[:3]))
+    model.load_state_dict(weights)
+
+# %% id="train-same-settings"
+#| export
+def check_same_settings(saved: dict, given: dict) -> None:
+    """A resumed run must have the settings that it began with; only how often it reports and saves may change."""
+    free = {"log_every", "eval_every", "save_every"}
+    changed = [f"{key}: {saved[key]!r} then, {given[key]!r} now" for key in given if key not in free and saved.get(key) != given[key]]
+    if changed:
+        raise CheckpointError("cannot resume with other settings (" + "; ".join(changed) + "); give the same, or start without resume")
+
+# %% id="train-run-restore"
+#| export
+def restore(run: Run, state: dict) -> None:
+    """Continue from the checkpoint `state`; CheckpointError when its settings or sizes are not those of `run`."""
+    check_same_settings(state["config"], asdict(run.config))
+    load_weights(run.model, state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state["scaler"])
+    run.step, run.seconds, run.window_start = state["step"], state["seconds"], tuple(state["window_start"])
+    run.tokens = state["tokens"].to(run.device)
+    run.window = {name: value.to(run.device) for name, value in state["window"].items()}
+    run.history = History(**state["history"])
+    set_random_state(state["random"])
+
+# %% [markdown]
+# ## The loop, second half
+#
+# Now the loop is short: step, and now and then log, evaluate, save.
+
 # %% id="train-train"
 #| export
 def train(
@@ -377,7 +874,7 @@ def train(
     if run.device.type == "cpu":
         keep_memory()
     if resume and folder and (Path(folder) / "checkpoint.pt").exists():
-        run.restore(load_checkpoint(folder))
+        restore(run, load_checkpoint(folder))
     fast = torch.compile(model) if config.compile else model
     last = min(config.steps, max_steps or config.steps)
     due = lambda every: run.step == last or (every > 0 and run.step % every == 0)
@@ -395,3 +892,283 @@ def train(
             save_checkpoint(folder, run.state())
             run.tick(count=False)
     return run.history
+
+# %% [markdown]
+# ## What each feature is worth
+#
+# The same model, data and steps; each run lacks one thing. First warm-up and decay, at a rate that is high for this model.
+
+# %% id="train-feature-runs"
+def run(name, batches=batches, **changes):
+    config = TrainConfig(**(dict(steps=chapter.steps(chapter.size.steps), learning_rate=5e-3, warmup=0.15, log_every=4, precision="fp32") | changes))
+    history = train(new_model(), batches, byte_loss, config)
+    print(f"{name:32} last loss {history.loss[-1]:.2f}   largest mean gradient norm {max(history.grad_norm):5.1f}   {history.seconds[-1]:.1f} s")
+    return history
+
+
+everything = run("all features")
+no_warmup = run("no warm-up", warmup=0)
+no_decay = run("no decay", final_lr=1.0)
+
+# %% [markdown]
+# Without warm-up the first steps throw the model into a region from which it needs many steps to find its way out: the plateau of byte frequencies. Decay gains at the end.
+
+# %% id="train-warmup-figure"
+fig, ax = plt.subplots(figsize=(7, 2.8))
+for history, label in ((everything, "all features"), (no_warmup, "no warm-up"), (no_decay, "no decay")):
+    ax.plot(history.step, history.loss, label=label)
+ax.axhline(entropy, color="grey", ls=":")
+ax.set(xlabel="step", ylabel="loss (nats per byte)")
+ax.legend()
+show(fig, "Without warm-up the run sits on the plateau of byte frequencies (dotted) for longer and ends higher.")
+warmup_gain = check("train/warmup_gain_nats", no_warmup.loss[-1] - everything.loss[-1])
+
+# %% [markdown]
+# Now a damaged file: two batches in the middle of the run hold one random byte repeated. Web text has such places.
+#
+# **Before you run this:** Adam divides by the size of the gradient anyway. Does clipping still matter?
+
+# %% id="train-clip-runs"
+middle = chapter.steps(chapter.size.steps) // 2
+damaged = ByteBatches(spikes=(middle, middle + 1))
+clipped = run("two damaged batches, clipping", damaged)
+unclipped = run("two damaged batches, no clipping", damaged, grad_clip=0)
+
+# %% [markdown]
+# It does. One gradient of many times the usual size fills Adam's running mean $m$, and the model keeps walking in the wrong direction for the next ten steps.
+
+# %% id="train-clip-figure"
+fig, ax = plt.subplots(figsize=(7, 2.8))
+for history, label in ((clipped, "clipping at norm 1"), (unclipped, "no clipping")):
+    ax.plot(history.step, history.loss, label=label)
+ax.axvline(middle, color="grey", ls=":")
+ax.text(middle, ax.get_ylim()[1], " damaged batches", va="top", fontsize=8, color="dimgrey")
+ax.set(xlabel="step", ylabel="loss (nats per byte)")
+ax.legend()
+show(fig, "Two damaged batches: with clipping the run recovers at once, without it the model falls back and learns again from the plateau.")
+clip_gain = check("train/clip_gain_nats", unclipped.loss[-1] - clipped.loss[-1])
+
+# %% [markdown]
+# Read such numbers with care: this is one seed of a small model at a high rate. At a low rate the same features cost a little time and change nothing.
+#
+# **Exercise 8.5 (20 min, ★★).** Repeat the warm-up pair with `learning_rate=1e-3` and with three seeds. At which rate does warm-up begin to matter?
+
+# %% [markdown]
+# ## Does it really continue?
+#
+# First in one process. Run A trains without a break. Run B stops half way and goes on from its checkpoint.
+# The loss uses chance on purpose (one input byte in ten is replaced), so that the random state matters too.
+
+# %% id="train-noisy-loss"
+def noisy_loss(model, batch):
+    noise = torch.rand(batch["input_ids"].shape) < 0.1
+    ids = torch.where(noise, torch.randint(256, noise.shape), batch["input_ids"])
+    return cross_entropy(model(ids), batch["labels"]), {}
+
+
+half_way, resume_config = 12, TrainConfig(steps=24, learning_rate=5e-3, warmup=0.5, log_every=1, precision="fp32")
+model_a = new_model()
+history_a = train(model_a, batches, noisy_loss, resume_config)
+train(new_model(), batches, noisy_loss, resume_config, folder=chapter.work / "half", max_steps=half_way)
+
+# %% [markdown]
+# `finish` continues from that checkpoint, after `change` has damaged one part of it.
+
+# %% id="train-finish"
+def finish(change=lambda state: None, batches=batches):
+    state = load_checkpoint(chapter.work / "half")
+    change(state)
+    save_checkpoint(chapter.work / "changed", state)
+    model = new_model(seed=1)  # its weights must all come from the checkpoint
+    history = train(model, batches, noisy_loss, resume_config, folder=chapter.work / "changed", resume=True)
+    largest = max((a - b).abs().max().item() for a, b in zip(model_a.parameters(), model.parameters()))
+    return history, largest
+
+
+history_b, largest = finish()
+print("largest difference of any weight:", largest)
+assert largest == 0 and history_b.loss == history_a.loss
+
+# %% [markdown]
+# Zero: not close, but equal. Now leave out one part at a time. Most tutorials save the weights alone.
+
+# %% id="train-leave-one-out"
+class Shifted:
+    def __init__(self, by):
+        self.by = by
+
+    def __getitem__(self, step):
+        return batches[step - self.by]
+
+
+fresh = Run(new_model(), resume_config).state()
+variants = {
+    "nothing (exact)": finish(),
+    "random state": finish(lambda state: state.update(random=fresh["random"])),
+    "data position": finish(batches=Shifted(half_way)),
+    "Adam's means": finish(lambda state: state.update(optimizer=fresh["optimizer"])),
+    "weights": finish(lambda state: state.update(model=fresh["model"])),
+}
+for name, (history, largest) in variants.items():
+    print(f"left out: {name:16} largest difference of a weight {largest:.1e}, of a loss {max(abs(a - b) for a, b in zip(history.loss, history_a.loss)):.1e}")
+assert all(largest > 0 for name, (_, largest) in variants.items() if name != "nothing (exact)")
+
+# %% [markdown]
+# Every part matters. Some are loud, such as Adam's means, and some are silent: a wrong data position only means that the model sees some text twice and some never.
+
+# %% id="train-leave-one-out-figure"
+fig, ax = plt.subplots(figsize=(7, 2.8))
+for name, (history, _) in variants.items():
+    ax.plot(history.step[half_way - 1 :], history.loss[half_way - 1 :], label=f"without {name}" if name[0] != "n" else "complete checkpoint")
+ax.set(xlabel="step", ylabel="loss (nats per byte)")
+ax.legend(fontsize=8)
+show(fig, f"After the restart at step {half_way}: only the complete checkpoint follows the run that was never stopped.")
+
+# %% [markdown]
+# ## kill -9
+#
+# A process that is killed cannot tidy up. So we start a run in a process of its own, kill it in the middle, start it again, and compare with a run that lived.
+# The script is a file that you can read and try yourself:
+
+# %% id="train-kill-script"
+script = chapter.work / "run_me.py"
+script.write_text("""import sys, torch
+from minimind.train import TrainConfig, train
+
+class Batches:
+    def __getitem__(self, step):
+        ids = torch.randint(0, 50, (8, 33), generator=torch.Generator().manual_seed(step))
+        return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
+
+def loss_fn(model, batch):  # dropout inside: uses chance
+    logits = model(batch["input_ids"])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()), {}
+
+def run(folder, on_log=None):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(50, 64), torch.nn.Dropout(0.1), torch.nn.Linear(64, 50))
+    config = TrainConfig(steps=240, log_every=1, save_every=9, precision="fp32")
+    return model, train(model, Batches(), loss_fn, config, folder, resume=True, on_log=on_log)
+
+if __name__ == "__main__":
+    run(sys.argv[1], lambda history: print(history.step[-1], flush=True))
+""")
+
+# %% [markdown]
+# The parent reads the step numbers that the run prints, and at step 40 sends signal 9, which no process can catch.
+
+# %% id="train-kill"
+import signal
+import subprocess
+import sys
+
+import minimind
+
+home = Path(minimind.__file__).parent.parent
+environment = os.environ | {"PYTHONPATH": str(home), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def start_run(folder):
+    return subprocess.Popen([sys.executable, script, folder], stdout=subprocess.PIPE, text=True, env=environment)
+
+
+import shutil
+
+shutil.rmtree(chapter.work / "killed", ignore_errors=True)
+victim = start_run(chapter.work / "killed")
+for line in victim.stdout:
+    if int(line) == 40:
+        victim.send_signal(signal.SIGKILL)
+        break
+print("ended with signal", -victim.wait(), "at step 40 or soon after; last checkpoint at step", load_checkpoint(chapter.work / "killed")["step"])
+assert victim.returncode == -signal.SIGKILL
+
+# %% [markdown]
+# The same command again goes on where the checkpoint stands. A third run, never killed, is the truth.
+
+# %% id="train-kill-compare"
+processes = [start_run(chapter.work / "killed"), start_run(chapter.work / "lived")]
+printed = [[int(line) for line in process.stdout] for process in processes]
+print("the second start began at step", printed[0][0], "and ended at step", printed[0][-1])
+killed, lived = (load_checkpoint(chapter.work / name) for name in ("killed", "lived"))
+assert killed["step"] == lived["step"] == 240 and killed["history"]["loss"] == lived["history"]["loss"]
+assert all(torch.equal(killed["model"][name], lived["model"][name]) for name in lived["model"])
+assert torch.equal(killed["random"]["torch"], lived["random"]["torch"])
+
+# %% [markdown]
+# Weights, losses and the random state are equal to the last bit. (On a GPU some kernels add in a different order each time; there equality holds up to rounding.)
+#
+# **Exercise 8.6 (20 min, ★★★).** A loop that shuffles with `random.shuffle` at the start of each epoch also stores its data position as the step. Does it resume exactly? Design a test that shows it.
+
+# %% [markdown]
+# ## Killed while writing
+#
+# The worst moment is during the write itself. The next script saves a good checkpoint, then tells the kernel to kill it as soon as a file grows beyond half of the next one.
+# It does so once with a plain `torch.save` and once with ours.
+
+# %% id="train-die-writing"
+dying = chapter.work / "die_writing.py"
+dying.write_text("""import resource, signal, sys, torch
+from minimind.train import save_checkpoint
+
+kind, folder = sys.argv[1:]
+def plain_save(folder, state):
+    torch.save(state, folder + "/checkpoint.pt")
+save = {"plain": plain_save, "ours": save_checkpoint}[kind]
+save_checkpoint(folder, {"step": 1, "weights": torch.zeros(100_000)})
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel may kill us, without warning
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+save(folder, {"step": 2, "weights": torch.ones(100_000)})
+""")
+for kind in ("plain", "ours"):
+    ended = subprocess.run([sys.executable, dying, kind, chapter.work / kind], env=environment).returncode
+    try:
+        print(f"{kind:5}: killed by signal {-ended}; checkpoint of step {load_checkpoint(chapter.work / kind)['step']} is there")
+    except CheckpointError as error:
+        print(f"{kind:5}: killed by signal {-ended}; {error.args[0].split(': ', 1)[1]}")
+
+# %% [markdown]
+# The plain way destroyed the only copy. Ours still has step 1. A full disk is the same case with an error in place of a kill:
+
+# %% id="train-safe-write"
+assert load_checkpoint(chapter.work / "ours")["step"] == 1
+try:
+    load_checkpoint(chapter.work / "plain")
+    raise AssertionError("a half-written file was loaded")
+except CheckpointError:
+    pass
+
+# %% [markdown]
+# ## Where it breaks
+#
+# Two refusals that save an evening. A checkpoint of another size names the weights that differ, and other settings are named as well:
+
+# %% id="train-refusals"
+wider = MiniMind(ModelConfig.preset("tiny", num_hidden_layers=3, vocab_size=256))
+for model, config in ((wider, resume_config), (new_model(), TrainConfig(steps=48, learning_rate=5e-3, warmup=0.5, precision="fp32"))):
+    try:
+        train(model, batches, byte_loss, config, folder=chapter.work / "half", resume=True)
+        raise AssertionError("a checkpoint that does not fit was taken")
+    except CheckpointError as error:
+        print(error, "\n")
+
+# %% [markdown]
+# **Exercise 8.7 (15 min, ★★).** Find the bug: a loop evaluates the model every 100 steps, calls `model.eval()` before, and forgets `model.train()` after. Which of the losses in this chapter would change?
+#
+# **Exercise 8.8 (30 min, ★★★).** Keep the last three checkpoints instead of one. Which order of renames and deletions is safe at every moment?
+
+# %% [markdown]
+# ## Closing
+#
+# - The loop asks for `batches[step]`: any step's data can be had again, so the step is the data position.
+# - Warm-up protects the first steps, decay settles the last ones, clipping caps the damage of a bad batch.
+# - Accumulated micro-batches count by their real tokens. float16 needs a scaled loss, bfloat16 does not.
+# - A checkpoint holds weights, optimiser, scale, step and random state. It is written beside the old one and renamed.
+# - `train(model, batches, loss_fn, config)` is the loop of all later chapters.
+#
+# **Words:** learning-rate schedule, warm-up, decay, weight decay, optimiser group, gradient norm, clipping, micro-batch, accumulation, autocast, bfloat16, float16, loss scaling, checkpoint, atomic write.
+#
+# **Sources:** Kingma and Ba 2015, Adam, arXiv:1412.6980. Loshchilov and Hutter 2019, AdamW, arXiv:1711.05101. Pascanu, Mikolov and Bengio 2013, clipping, arXiv:1211.5063.
+# Micikevicius et al. 2018, mixed precision and loss scaling, arXiv:1710.03740. Goyal et al. 2017, warm-up, arXiv:1706.02677. Hu et al. 2024, warm-up, stable, decay, arXiv:2404.06395. OLMo 2 2024, arXiv:2501.00656.
+#
+# **Next:** the loop waits for real data. Chapter 09 feeds it as fast as this machine allows, and trains the model.
