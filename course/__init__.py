@@ -2,7 +2,7 @@
 
 
 def start(name: str, profile: str):
-    """Open chapter `name` at `profile`; the set-up cell of every chapter calls this."""
+    """Open chapter `name` ("04_attention") at `profile`; the set-up cell of every chapter calls this."""
     from course.chapter import Chapter
 
     return Chapter(name, profile)
