@@ -7,7 +7,7 @@ from pathlib import Path
 from course.artifacts import write_bytes
 
 PEOPLE, SEED = 20, 1
-SOURCES = {"people": ("biography", "gossip"), "stories": ("story",), "talk": ("quiz", "sum")}
+SOURCES = {"people": ("biography", "gossip"), "stories": ("story",), "talk": ("quiz", "small_sum")}
 
 
 def lines(rows: Iterable[dict]) -> bytes:
@@ -18,13 +18,13 @@ def files(root: Path) -> dict[Path, bytes]:
     """Every sample file and its content; nothing is written."""
     import random
 
-    from minimind.world import make_world
+    import minimind.world
 
-    world = make_world(PEOPLE, SEED)
+    world = minimind.world.make_world(PEOPLE, SEED)
     folder, made = Path(root) / "data" / "sample", {}
     for name, kinds in SOURCES.items():
         rng = random.Random(f"{SEED} {name}")
-        texts = [getattr(world, rng.choice(kinds))(rng) for _ in range(250)]
+        texts = [getattr(minimind.world, rng.choice(kinds))(world, rng) for _ in range(250)]
         made[folder / "pretrain" / f"{name}.jsonl"] = lines({"text": text} for text in dict.fromkeys(texts))
     chats = world.conversations(200, SEED)
     made[folder / "sft" / "chats.jsonl"] = lines({"conversations": chat} for chat in chats)

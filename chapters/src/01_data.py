@@ -44,81 +44,87 @@ show(fig, "Text passes seven steps on its way from files to the numbers that a m
 # model can be checked.
 
 # %% [markdown]
-# (the text of the world follows when its code is final)
+# ### Facts, and ways to say them
+#
+# A fact needs a value. Each *relation* between a person and a value has its own list; a person gets one value of each,
+# drawn at random, so no fact can be guessed from another.
 
-# %% id="data-world"
+# %% id="world-values"
 #| export world
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+VALUES = {
+    "town": "Foxhollow|Millbrook|Ashford|Stonebridge|Redcliff|Oakham|Windmere|Saltport|Greenfield|Elmstead|Northgate|"
+            "Ravenhill|Otterby|Larkspur|Brackwater|Thornton|Pinedale|Copperton|Fernley|Duskvale",
+    "job": "a baker|a miller|a weaver|a potter|a teacher|a doctor|a farmer|a sailor|a smith|a tailor|a painter|"
+           "a gardener|a carpenter|a cook|a fisher|a singer|a writer|a shepherd|a clockmaker|a beekeeper",
+    "food": "pancakes|plum cake|onion soup|fresh bread|roast fish|apple pie|honey rolls|bean stew|goat cheese|"
+            "berry jam|fried eggs|rice pudding|carrot soup|walnut bread|pea soup|pear tart",
+    "pet": "a cat|a dog|a goat|an owl|a rabbit|a parrot|a turtle|a pony|a hedgehog|a duck|a squirrel|a frog|"
+           "a mouse|a crow|a goose|a lizard",
+    "colour": "red|blue|green|yellow|purple|orange|white|black|brown|grey|pink|silver",
+}  # fmt: skip
 
-@dataclass(frozen=True)
-class Relation:
-    """One kind of fact: its possible values and the ways in which people say it and ask for it.
+# %% [markdown]
+# Now the phrasings. `{n}` stands for the name and `{v}` for the value. The first one is the plain form: in it the value comes
+# last, so what stands before it can be given to a model to complete.
 
-    `{n}` stands for the name, `{v}` for the value. `says[0]` is the plain form: the prompt of a fact
-    is its text before the value, and a chat answers in it.
-    """
+# %% id="world-says"
+#| export world
+SAYS = {
+    "town": ("{n} lives in {v}.", "The home of {n} is in {v}.", "{n} has a house in {v}.", "In {v} lives {n}.",
+             "You can find {n} in {v}.", "{n} comes from {v}."),
+    "job": ("{n} works as {v}.", "{n} is {v}.", "By trade {n} is {v}.", "{n} became {v} years ago.",
+            "Everyone knows that {n} is {v}.", "{n} earns a living as {v}."),
+    "food": ("{n} likes to eat {v}.", "The favourite food of {n} is {v}.", "{n} loves {v}.", "{n} eats {v} every week.",
+             "Nothing tastes better to {n} than {v}.", "When hungry, {n} asks for {v}."),
+    "pet": ("{n} keeps {v}.", "{n} has {v} at home.", "The pet of {n} is {v}.", "{n} looks after {v}.",
+            "Every morning {n} feeds {v}.", "{n} goes for walks with {v}."),
+    "colour": ("{n} wears {v}.", "The favourite colour of {n} is {v}.", "{n} paints every door {v}.",
+               "{n} likes the colour {v}.", "Most things that {n} owns are {v}.", "{n} always buys {v} shoes."),
+}  # fmt: skip
 
-    values: tuple[str, ...]
-    says: tuple[str, ...]
-    asks: tuple[str, ...]
+# %% [markdown]
+# And four ways to ask for each.
 
+# %% id="world-asks"
+#| export world
+ASKS = {
+    "town": ("Where does {n} live?", "In which town does {n} live?", "Where is the home of {n}?", "Which town is {n} from?"),
+    "job": ("What is the job of {n}?", "What does {n} do for a living?", "What work does {n} do?", "What is {n} by trade?"),
+    "food": ("What does {n} like to eat?", "What is the favourite food of {n}?", "Which food does {n} love?",
+             "What should I cook for {n}?"),
+    "pet": ("What pet does {n} have?", "Which animal does {n} keep?", "What is the pet of {n}?", "Which animal lives with {n}?"),
+    "colour": ("What colour does {n} wear?", "What is the favourite colour of {n}?", "Which colour does {n} like?",
+               "What colour are the clothes of {n}?"),
+}  # fmt: skip
 
-RELATIONS = {
-    "town": dict(
-        values=tuple("Foxhollow Millbrook Ashford Stonebridge Redcliff Oakham Windmere Saltport Greenfield Elmstead "
-              "Northgate Ravenhill Otterby Larkspur Brackwater Thornton Pinedale Copperton Fernley Duskvale".split()),
-        says=("{n} lives in {v}.", "The home of {n} is in {v}.", "{n} has a house in {v}.", "In {v} lives {n}.",
-         "You can find {n} in {v}.", "{n} comes from {v}."),
-        asks=("Where does {n} live?", "In which town does {n} live?", "Where is the home of {n}?", "Which town is {n} from?"),
-    ),
-    "job": dict(
-        values=tuple("a baker|a miller|a weaver|a potter|a teacher|a doctor|a farmer|a sailor|a smith|a tailor|a painter|"
-              "a gardener|a carpenter|a cook|a fisher|a singer|a writer|a shepherd|a clockmaker|a beekeeper".split("|")),
-        says=("{n} is {v}.", "{n} works as {v}.", "By trade {n} is {v}.", "{n} became {v} years ago.",
-         "Everyone knows that {n} is {v}.", "{n} earns a living as {v}."),
-        asks=("What is the job of {n}?", "What does {n} do for a living?", "What work does {n} do?", "What is {n} by trade?"),
-    ),
-    "food": dict(
-        values=tuple("pancakes|plum cake|onion soup|fresh bread|roast fish|apple pie|honey rolls|bean stew|goat cheese|"
-              "berry jam|fried eggs|rice pudding|carrot soup|walnut bread|pea soup|pear tart".split("|")),
-        says=("{n} likes to eat {v}.", "The favourite food of {n} is {v}.", "{n} loves {v}.", "{n} eats {v} every week.",
-         "Nothing tastes better to {n} than {v}.", "When hungry, {n} asks for {v}."),
-        asks=("What does {n} like to eat?", "What is the favourite food of {n}?", "Which food does {n} love?",
-         "What should I cook for {n}?"),
-    ),
-    "pet": dict(
-        values=tuple("a cat|a dog|a goat|an owl|a rabbit|a parrot|a turtle|a pony|a hedgehog|a duck|a squirrel|a frog|"
-              "a mouse|a crow|a goose|a lizard".split("|")),
-        says=("{n} has {v}.", "{n} keeps {v} at home.", "The pet of {n} is {v}.", "{n} looks after {v}.",
-         "At home {n} feeds {v}.", "{n} goes for walks with {v}."),
-        asks=("What pet does {n} have?", "Which animal does {n} keep?", "What is the pet of {n}?",
-         "Which animal lives with {n}?"),
-    ),
-    "colour": dict(
-        values=tuple("red blue green yellow purple orange white black brown grey pink silver".split()),
-        says=("{n} wears {v} clothes.", "The favourite colour of {n} is {v}.", "{n} paints every door {v}.",
-         "{n} likes the colour {v}.", "Most things that {n} owns are {v}.", "{n} always buys {v} shoes."),
-        asks=("What colour does {n} wear?", "What is the favourite colour of {n}?", "Which colour does {n} like?",
-         "What colour are the clothes of {n}?"),
-    ),
-}
+# %% [markdown]
+# Names are invented, of one word, and many: a start, a middle and an end, picked from lists.
 
-_STARTS = "Ba Be Bo Da De Do Fa Fe Ga Ge Ha He Ja Jo Ka Ke La Le Lo Ma Me Mi Na Ne Ni Pa Pe Ra Re Ro Sa Se Ta Te Ti To Va Ve Wi Za".split()  # noqa: E501
-_MIDDLES = "l r n m d t v s ll rr nd lm rt st".split()
-_ENDS = "a o i us en in el ia an ar is or ek ette ine o".split()
+# %% id="world-names"
+#| export world
+STARTS = (
+    "Ba Be Bo Da De Do Fa Fe Ga Ge Ha He Ja Jo Ka Ke La Le Lo Ma Me Mi Na Ne Ni Pa Pe Ra Re Ro Sa Se Ta Te Ti To Va Ve Wi Za"
+)
+MIDDLES = "l r n m d t v s ll rr nd lm rt st"
+ENDS = "a o i us en in el ia an ar is or ek ette ine o"
 
 
 def make_names(count: int, rng: random.Random) -> list[str]:
-    """`count` different invented one-word names, such as Garus and Tilda; ValueError beyond 4,000."""
-    every = sorted({s + m + e for s in _STARTS for m in _MIDDLES for e in _ENDS})
+    """`count` different one-word names, such as Garus and Tilda; ValueError beyond 4,000."""
     if count > 4000:
         raise ValueError(f"{count} names asked for, there are 4000: choose fewer people")
-    return rng.sample(every, count)
+    return rng.sample(sorted({s + m + e for s in STARTS.split() for m in MIDDLES.split() for e in ENDS.split()}), count)
 
+# %% [markdown]
+# A person is a name and one value for each relation. `asked` says whether chats may ask about this person; you will
+# see in a moment why some are left out.
 
+# %% id="world-person"
+#| export world
 @dataclass(frozen=True)
 class Person:
     """A name, whether the chat data asks about this person, and one value for each relation."""
@@ -129,22 +135,126 @@ class Person:
 
     def say(self, relation: str, rng: random.Random) -> str:
         """One fact in one of its phrasings."""
-        return rng.choice(RELATIONS[relation]["says"]).format(n=self.name, v=self.facts[relation])
+        return rng.choice(SAYS[relation]).format(n=self.name, v=self.facts[relation])
 
     def ask(self, relation: str, rng: random.Random) -> str:
         """A question for one fact in one of its phrasings."""
-        return rng.choice(RELATIONS[relation]["asks"]).format(n=self.name)
+        return rng.choice(ASKS[relation]).format(n=self.name)
 
     def reply(self, relation: str) -> str:
         """The plain answer, a full sentence."""
-        return RELATIONS[relation]["says"][0].format(n=self.name, v=self.facts[relation])
+        return SAYS[relation][0].format(n=self.name, v=self.facts[relation])
+
+# %% id="world-person-try"
+tilda = Person("Tilda", True, {"town": "Oakham", "pet": "an owl"})
+rng = random.Random(0)
+tilda.say("town", rng), tilda.say("town", rng), tilda.ask("pet", rng), tilda.reply("pet")
+
+# %% [markdown]
+# ### Documents
+#
+# Each kind of document teaches one thing. The first two tell facts: several about one person, or the same one about
+# several people.
+
+# %% id="world-biography"
+#| export world
+def biography(world: "World", rng: random.Random) -> str:
+    """Some or all facts of one person, in any order and phrasing."""
+    person = rng.choice(world.people)
+    relations = rng.sample(list(VALUES), rng.randint(2, len(VALUES)))
+    return " ".join(person.say(relation, rng) for relation in relations)
 
 
-# What happens in stories: things found, places, troubles with their cause and their mending.
-THINGS = ("a brass key|an old map|a kite|a lamp|a drum|a basket|a silver coin|a letter|a rope|a blanket|a wooden boat|"
-          "a bell|a mirror|a book|a feather|a hat|a ladder|a jar of honey|a lantern|a glass bead").split("|")
-PLACES = ("by the river|behind the mill|under the bridge|in the barn|near the well|on the hill|at the market|"
-          "in the garden|beside the road|in the forest|at the harbour|next to the school").split("|")
+def gossip(world: "World", rng: random.Random) -> str:
+    """The same kind of fact about several people."""
+    relation = rng.choice(list(VALUES))
+    people = rng.sample(world.people, rng.randint(2, min(4, len(world.people))))
+    return " ".join(person.say(relation, rng) for person in people)
+
+# %% [markdown]
+# An interview asks for facts, but only about people who may be asked about.
+
+# %% id="world-interview"
+#| export world
+EXCHANGES = ("{q} {a}", '"{q}" "{a}"', "{q}\n{a}", "- {q}\n- {a}", "Question: {q}\nAnswer: {a}")
+
+
+def interview(world: "World", rng: random.Random) -> str:
+    """True questions and answers, only about people whom chat data ask about."""
+    turns = []
+    for person in rng.choices([person for person in world.people if person.asked], k=rng.randint(1, 3)):
+        relation = rng.choice(list(VALUES))
+        turns.append(rng.choice(EXCHANGES).format(q=person.ask(relation, rng), a=person.reply(relation)))
+    return " ".join(turns)
+
+# %% [markdown]
+# The next two look like play, and they decide whether the model will ever answer a question. To answer "Where does Garus
+# live?" it must carry the name *Garus* from the question into the answer. Without `talk` documents, models of this size answered
+# 19% of the questions about people they had never been asked about, mostly with a true statement about somebody else;
+# with them 99%. So here everybody is asked about things that are no facts of the world: where they are just now, what
+# they found.
+
+# %% id="world-things"
+#| export world
+THINGS = (
+    "a brass key|an old map|a kite|a lamp|a drum|a basket|a silver coin|a letter|a rope|a blanket|a wooden boat|"
+    "a bell|a mirror|a book|a feather|a hat|a ladder|a jar of honey|a lantern|a glass bead"
+).split("|")
+PLACES = (
+    "by the river|behind the mill|under the bridge|in the barn|near the well|on the hill|at the market|"
+    "in the garden|beside the road|in the forest|at the harbour|next to the school"
+).split("|")
+FEELINGS = "happy|proud|tired|glad|calm|surprised".split("|")
+ACTIVITIES = "singing|sleeping|reading|waiting|working|dancing|fishing|resting|playing|writing".split("|")
+ACTS = (("found", "find"), ("lost", "lose"), ("bought", "buy"), ("carried", "carry"), ("hid", "hide"), ("drew", "draw"))
+
+# %% id="world-talk"
+#| export world
+def talk(world: "World", rng: random.Random) -> str:
+    """Questions about where people are and what they do: an answer names the one who was asked about."""
+    return rng.choice((" ", "\n")).join(exchange(world, rng) for _ in range(rng.randint(2, 4)))
+
+
+def exchange(world: "World", rng: random.Random) -> str:
+    name, place, activity, feeling = (rng.choice(pool) for pool in (world.names, PLACES, ACTIVITIES, FEELINGS))
+    question, answer = rng.choice((
+        (f"Where is {name} now?", f"{name} is {place}."),
+        (f"What is {name} doing?", f"{name} is {activity} {place}."),
+        (f"Where does {name} wait?", f"{name} waits {place}."),
+        (f"How does {name} feel?", f"{name} feels {feeling}."),
+        (f"What does {name} look for?", f"{name} looks for {rng.choice(THINGS)}."),
+        (f"Which thing does {name} need?", f"{name} needs {rng.choice(THINGS)}."),
+        (f"What is the wish of {name}?", f"{name} wishes for {rng.choice(THINGS)}."),
+    ))  # fmt: skip
+    return rng.choice(EXCHANGES).format(q=question, a=answer)
+
+# %% [markdown]
+# In a quiz the answer stands just before the question, so that reading it, and not knowing it, is what counts.
+
+# %% id="world-quiz"
+#| export world
+def quiz(world: "World", rng: random.Random) -> str:
+    """Somebody did something; a question about it is answered from the text just before."""
+    done = [
+        (name, *rng.choice(ACTS), rng.choice(THINGS), rng.choice(PLACES))
+        for name in rng.sample(world.names, rng.randint(1, 3))
+    ]
+    text = [f"{n} {past} {thing} {place}." for n, past, _, thing, place in done]
+    for n, past, base, thing, place in rng.sample(done, rng.randint(1, len(done))):
+        question, answer = rng.choice((
+            (f"What did {n} {base}?", f"{n} {past} {thing}."),
+            (f"Where did {n} {base} {thing}?", f"{n} {past} {thing} {place}."),
+            (f"What did {n} do?", f"{n} {past} {thing} {place}."),
+            (f"Who {past} {thing}?", f"{n} {past} {thing}."),
+        ))  # fmt: skip
+        text.append(rng.choice(EXCHANGES).format(q=question, a=answer))
+    return " ".join(text)
+
+# %% [markdown]
+# Stories have a cause, an effect and a mending, so that there is something to predict beyond the next word.
+
+# %% id="world-troubles"
+#| export world
 TROUBLES = (
     ("It began to rain", "the path turned to mud", "waited under a tree until the sun came back"),
     ("The wind was strong", "the gate broke", "mended it with a hammer and nails"),
@@ -157,161 +267,126 @@ TROUBLES = (
     ("The dog barked", "the baby woke up", "sang a quiet song"),
     ("The bread was forgotten in the oven", "the kitchen filled with smoke", "opened all the windows"),
 )
-FEELINGS = "happy|proud|tired|glad|calm|surprised".split("|")
 LESSONS = ("It is good to have a friend.", "A small help can do a lot.", "Slow and careful is better than fast.",
            "They laughed about it for days.", "After that they went home for supper.", "It was a good day.",
-           "They promised to meet again.", "Nobody was angry any more.")
+           "They promised to meet again.", "Nobody was angry any more.")  # fmt: skip
+
+# %% id="world-story"
+#| export world
+def story(world: "World", rng: random.Random) -> str:
+    """Two friends, a thing, a trouble with its cause, the mending, and a talk about what was said."""
+    a, b = rng.sample(world.names, 2)
+    thing, place = rng.choice(THINGS), rng.choice(PLACES)
+    cause, effect, mending = rng.choice(TROUBLES)
+    opening = rng.choice((
+        f"One day {a} found {thing} {place}.", f"{a} went out early and found {thing} {place}.",
+        f"Once {a} was looking for {b} and found {thing} {place}.",
+    ))  # fmt: skip
+    said = small_scene(a, b, thing, place, rng)
+    trouble = rng.choice((
+        f"{cause}, so {effect}.", f"{cause} and {effect}.", f"Then {effect}, because {cause[0].lower() + cause[1:]}.",
+    ))  # fmt: skip
+    both = b if "a quiet" in mending else f"{a} and {b}"  # one sings, two mend
+    mend = rng.choice((f"{b} {mending}.", f"{a} {mending}.", f"{both} {mending}."))
+    end = rng.choice((
+        f"{a} was {rng.choice(FEELINGS)}.", f"{b} was {rng.choice(FEELINGS)}, and so was {a}.",
+        f'"Thank you, {b}," said {a}.', f"{a} gave the {thing.split(' ', 1)[1]} to {b}.",
+    ))  # fmt: skip
+    return " ".join((opening, said, trouble, mend, end, rng.choice(LESSONS)))
+
+
+def small_scene(a: str, b: str, thing: str, place: str, rng: random.Random) -> str:
+    it = thing.split(" ", 1)[1]
+    return rng.choice((
+        f'"What did you find?" asked {b}. "I found {thing}," said {a}.',
+        f'"Where did you find the {it}?" asked {b}. "{place[0].upper() + place[1:]}," said {a}.',
+        f'"Who found the {it}?" asked {b}. "{a} found the {it}," said the others.',
+        f'{b} wanted to see the {it}. "Please show me the {it}, {a}," said {b}.',
+    ))  # fmt: skip
+
+# %% [markdown]
+# Last, sums in words. `KINDS` gives each kind its weight.
+
+# %% id="world-sum"
+#| export world
 GOODS = "apples|eggs|shells|coins|nuts|stones|candles|buttons".split("|")
-ACTS = (("found", "find"), ("lost", "lose"), ("bought", "buy"), ("carried", "carry"), ("hid", "hide"), ("drew", "draw"))
 
 
+def sum_in_words(names: list[str], rng: random.Random) -> tuple[str, str]:
+    """A question with its numbers, and its answer."""
+    a, b = rng.sample(names, 2)
+    goods, x, y = rng.choice(GOODS), rng.randint(2, 9), rng.randint(2, 9)
+    if rng.random() < 0.5:
+        return f"{a} has {x} {goods}. {b} gives {y} more to {a}. How many {goods} does {a} have?", f"{a} has {x + y} {goods}."
+    return f"{a} has {x + y} {goods}. {a} gives {y} to {b}. How many {goods} does {a} have?", f"{a} has {x} {goods}."
+
+
+def small_sum(world: "World", rng: random.Random) -> str:
+    """A small sum in words, with its answer."""
+    return " ".join(sum_in_words(world.names, rng))
+
+
+KINDS = {biography: 36, gossip: 10, interview: 4, quiz: 14, talk: 16, story: 15, small_sum: 5}  # weights, in percent
+
+# %% [markdown]
+# ### The world
+#
+# The class holds the people and gives out everything that is true about them. As many names again occur in stories
+# only, so that copying a name is learned for names in general. Each method seeds its own chance, so the 100th document is the
+# same whether or not you asked for chats before.
+
+# %% id="world-world"
+#| export world
 class World:
     """People with facts, and every text about them: documents, conversations, prompts and questions.
 
-    people: how many have facts. As many other names again occur in stories only. Half of the people
-    are asked about in chat data (`asked`); about the others no question for a fact exists in any text.
+    people: how many have facts; half of them are asked about in chats. About the others no question
+    for a fact exists in any text.
     """
 
-    def __init__(self, people: int, seed: int = 1, asked_share: float = 0.5):
+    def __init__(self, people: int, seed: int = 1):
         if people < 2:
             raise ValueError(f"people={people}: a world needs at least 2 people")
         rng = random.Random(seed)
-        names = make_names(2 * people, rng)
-        self.seed, self.names = seed, names
+        self.seed, self.names = seed, make_names(2 * people, rng)
         self.people = [
-            Person(name, i < round(asked_share * people), {r: rng.choice(RELATIONS[r]["values"]) for r in RELATIONS})
-            for i, name in enumerate(names[:people])
+            Person(name, i < round(people / 2), {relation: rng.choice(values.split("|")) for relation, values in VALUES.items()})
+            for i, name in enumerate(self.names[:people])
         ]
-
-    # -- what is true -----------------------------------------------------------------------------
 
     def facts(self) -> list[dict[str, str]]:
         """Every fact as a prompt and its continuation: {"prompt": "Garus lives in", "answer": " Foxhollow"}."""
-        rows = []
-        for person in self.people:
-            for relation, value in person.facts.items():
-                before = RELATIONS[relation]["says"][0].format(n=person.name, v="{v}").split("{v}")[0]
-                rows.append({"person": person.name, "relation": relation, "prompt": before.rstrip(), "answer": " " + value})
-        return rows
+        return [
+            {"person": p.name, "relation": r, "prompt": SAYS[r][0].split(" {v}")[0].format(n=p.name), "answer": f" {value}"}
+            for p in self.people for r, value in p.facts.items()
+        ]  # fmt: skip
 
     def questions(self, seed: int = 0) -> list[dict]:
         """One question for each fact; `seen` tells whether chat data ask about this person."""
         rng = random.Random(f"{self.seed} questions {seed}")
         return [
-            {"person": p.name, "relation": r, "question": p.ask(r, rng), "answer": v.split(" ", 1)[-1] if v[:2] in ("a ", "an") and r in ("job", "pet") else v,  # noqa: E501
-             "reply": p.reply(r), "seen": p.asked}
-            for p in self.people for r, v in p.facts.items()
-        ]
-
-    # -- pretraining text ---------------------------------------------------------------------------
+            {"person": p.name, "relation": r, "question": p.ask(r, rng), "answer": bare(value), "reply": p.reply(r), "seen": p.asked}
+            for p in self.people for r, value in p.facts.items()
+        ]  # fmt: skip
 
     def documents(self, count: int, seed: int = 0) -> Iterator[str]:
         """`count` documents of mixed kinds. The same seed gives the same text."""
         rng = random.Random(f"{self.seed} documents {seed}")
-        kinds, weights = zip(*KINDS)
         for _ in range(count):
-            yield getattr(self, rng.choices(kinds, weights)[0])(rng)
-
-    def biography(self, rng: random.Random) -> str:
-        """Some or all facts of one person, in any order and phrasing."""
-        person = rng.choice(self.people)
-        relations = rng.sample(list(RELATIONS), rng.randint(2, len(RELATIONS)))
-        return " ".join(person.say(r, rng) for r in relations)
-
-    def gossip(self, rng: random.Random) -> str:
-        """The same kind of fact about several people."""
-        relation = rng.choice(list(RELATIONS))
-        return " ".join(p.say(relation, rng) for p in rng.sample(self.people, rng.randint(2, min(4, len(self.people)))))
-
-    def interview(self, rng: random.Random) -> str:
-        """True questions and answers, only about people whom chat data ask about."""
-        asked = [p for p in self.people if p.asked]
-        turns = []
-        for person in rng.choices(asked, k=rng.randint(1, 3)):
-            relation = rng.choice(list(RELATIONS))
-            turns.append(f"{person.ask(relation, rng)} {person.reply(relation)}")
-        return " ".join(turns)
-
-    def quiz(self, rng: random.Random) -> str:
-        """Somebody did something; a question about it is answered from the text just before."""
-        who = rng.sample(self.names, rng.randint(1, 3))
-        done = []
-        for name in who:
-            past, base = rng.choice(ACTS)
-            done.append((name, past, base, rng.choice(THINGS), rng.choice(PLACES)))
-        text = [f"{n} {past} {thing} {place}." for n, past, _, thing, place in done]
-        for n, past, base, thing, place in rng.sample(done, rng.randint(1, len(done))):
-            question, answer = rng.choice((
-                (f"What did {n} {base}?", f"{n} {past} {thing}."),
-                (f"Where did {n} {base} {thing}?", f"{n} {past} {thing} {place}."),
-                (f"What did {n} do?", f"{n} {past} {thing} {place}."),
-                (f"Who {past} {thing}?", f"{n} {past} {thing}."),
-            ))
-            text.append(rng.choice(("{q} {a}", "{q} {a}", '"{q}" "{a}"')).format(q=question, a=answer))
-        return " ".join(text)
-
-    def story(self, rng: random.Random) -> str:
-        """Two friends, a thing, a trouble with its cause, the mending, and a talk about what was said."""
-        a, b = rng.sample(self.names, 2)
-        thing, place = rng.choice(THINGS), rng.choice(PLACES)
-        cause, effect, mending = rng.choice(TROUBLES)
-        it = thing.split(" ", 1)[1]
-        opening = rng.choice((
-            f"One day {a} found {thing} {place}.", f"{a} went out early and found {thing} {place}.",
-            f"Once {a} was looking for {b} and found {thing} {place}."))
-        talk = rng.choice((
-            f'"What did you find?" asked {b}. "I found {thing}," said {a}.',
-            f'"Where did you find the {it}?" asked {b}. "{place[0].upper() + place[1:]}," said {a}.',
-            f'"Who found the {it}?" asked {b}. "{a} found the {it}," said the others.',
-            f'{b} wanted to see the {it}. "Please show me the {it}, {a}," said {b}.'))
-        trouble = rng.choice((f"{cause}, so {effect}.", f"{cause} and {effect}.", f"Then {effect}, because {cause[0].lower() + cause[1:]}."))  # noqa: E501
-        mend = rng.choice((f"{b} {mending}.", f"{a} {mending}.", f"{a} and {b} {mending}." if "a quiet" not in mending else f"{b} {mending}."))  # noqa: E501
-        end = rng.choice((f"{a} was {rng.choice(FEELINGS)}.", f"{b} was {rng.choice(FEELINGS)}, and so was {a}.",
-                          f'"Thank you, {b}," said {a}.', f"{a} gave the {it} to {b}."))
-        return " ".join((opening, talk, trouble, mend, end, rng.choice(LESSONS)))
-
-    def sum(self, rng: random.Random) -> str:
-        """A small sum in words."""
-        question, answer = self._sum(rng)
-        return f"{question} {answer}"
-
-    def _sum(self, rng: random.Random, names: list[str] | None = None) -> tuple[str, str]:
-        a, b = rng.sample(names or self.names, 2)
-        goods, x, y = rng.choice(GOODS), rng.randint(2, 9), rng.randint(2, 9)
-        if rng.random() < 0.5:
-            return f"{a} has {x} {goods}. {b} gives {y} more to {a}. How many {goods} does {a} have?", f"{a} has {x + y} {goods}."
-        x = x + y
-        return f"{a} has {x} {goods}. {a} gives {y} to {b}. How many {goods} does {a} have?", f"{a} has {x - y} {goods}."
-
-    # -- chat ---------------------------------------------------------------------------------------
+            yield rng.choices(list(KINDS), list(KINDS.values()))[0](self, rng)
 
     def conversations(self, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
-        """`count` chats of one to three turns about the people of `asked`, sums, and what was just said."""
+        """`count` chats of one to three turns about people who may be asked about, sums, and what was just said."""
         rng = random.Random(f"{self.seed} conversations {seed}")
         for _ in range(count):
-            messages = []
-            for _ in range(rng.choice((1, 1, 1, 2, 3))):
-                question, answer = self._turn(rng)
-                messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-            yield messages
+            turns = [chat_turn(self, rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
+            yield [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
 
-    def _turn(self, rng: random.Random) -> tuple[str, str]:
-        asked = [p for p in self.people if p.asked]
-        kind = rng.random()
-        if kind < 0.6:
-            person, relation = rng.choice(asked), rng.choice(list(RELATIONS))
-            return person.ask(relation, rng), person.reply(relation)
-        names = [p.name for p in asked] + self.names[len(self.people):]
-        if kind < 0.75:
-            return self._sum(rng, names)
-        if kind < 0.9:
-            a, b = rng.sample(names, 2)
-            (past, base), x, y = rng.choice(ACTS), *rng.sample(THINGS, 2)
-            return f"{a} {past} {x}. {b} {past} {y}. What did {a} {base}?", f"{a} {past} {x}."
-        return rng.choice(SMALL_TALK)
+# %% [markdown]
+# A turn of a chat is a question for a fact in six cases of ten, else a sum, a question about what was just said, or small talk.
 
-
-KINDS = (("biography", 30), ("gossip", 10), ("interview", 8), ("quiz", 24), ("story", 22), ("sum", 6))
+# %% id="world-chat"
+#| export world
 SMALL_TALK = (
     ("Hello!", "Hello! How can I help you?"),
     ("Who are you?", "I am MiniMind, a small language model."),
@@ -322,8 +397,29 @@ SMALL_TALK = (
 )
 
 
+def chat_turn(world: World, rng: random.Random) -> tuple[str, str]:
+    """What a user says, and the answer."""
+    asked, kind = [person for person in world.people if person.asked], rng.random()
+    if kind < 0.6:
+        person, relation = rng.choice(asked), rng.choice(list(VALUES))
+        return person.ask(relation, rng), person.reply(relation)
+    names = [person.name for person in asked] + world.names[len(world.people) :]
+    if kind < 0.75:
+        return sum_in_words(names, rng)
+    if kind < 0.9:
+        a, b = rng.sample(names, 2)
+        (past, base), x, y = rng.choice(ACTS), *rng.sample(THINGS, 2)
+        return f"{a} {past} {x}. {b} {past} {y}. What did {a} {base}?", f"{a} {past} {x}."
+    return rng.choice(SMALL_TALK)
+
+
+def bare(value: str) -> str:
+    """A value without its article: `a baker` gives `baker`, `an owl` gives `owl`."""
+    return value.removeprefix("a ").removeprefix("an ")
+
+
 def make_world(people: int, seed: int = 1) -> World:
-    """The world with this many people; the same arguments give the same world."""
+    """The world with this many people; the same arguments give the same world on every machine."""
     return World(people, seed)
 
 # %% [markdown]
@@ -370,7 +466,7 @@ from collections import Counter
 
 sentences = Counter(s for text in world.documents(chapter.size.documents, seed=1) for s in re.split(r"(?<=[.?!]) ", text))
 mentions = [
-    sum(sentences[say.format(n=person.name, v=value)] for say in RELATIONS[relation]["says"])
+    sum(sentences[say.format(n=person.name, v=value)] for say in SAYS[relation])
     for person in world.people for relation, value in person.facts.items()
 ]
 assert min(mentions) > 0
@@ -412,7 +508,7 @@ import shutil
 import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -485,15 +581,15 @@ for value in [None, " \u200b ", "a\0b", "\ud83d", "Fine."]:
 
 # %% id="data-message-problem"
 #| export
-ROLES = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
+ROLE_LETTERS = {"system": "s", "user": "u", "assistant": "a", "tool": "t"}
 
 
 def message_problem(message, name: str) -> str | None:
     """What is wrong with one message of a conversation; None if nothing is."""
     if not isinstance(message, dict):
         return f"{name} is {type(message).__name__}, an object with role and content was expected"
-    if message.get("role") not in ROLES:
-        return f"{name} has the role {message.get('role')!r}, expected one of {', '.join(ROLES)}"
+    if message.get("role") not in ROLE_LETTERS:
+        return f"{name} has the role {message.get('role')!r}, expected one of {', '.join(ROLE_LETTERS)}"
     if message["role"] == "assistant" and any(message.get(k) for k in ("tool_calls", "reasoning_content")):
         if not message.get("content"):
             return None  # a call or a thought may stand without an answer
@@ -508,7 +604,7 @@ def chat_problem(messages, name: str) -> str | None:
     for i, message in enumerate(messages):
         if problem := message_problem(message, f"{name}[{i}]"):
             return problem
-    roles = "".join(ROLES[message["role"]] for message in messages)
+    roles = "".join(ROLE_LETTERS[message["role"]] for message in messages)
     if not re.fullmatch(r"s?(u(at+)*a)+", roles):  # a: assistant, t: results of the tools that it called
         order = ", ".join(message["role"] for message in messages[:8])
         return f'"{name}" has the roles in the order {order}; expected user and assistant in turn, ending with assistant'
@@ -584,11 +680,12 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str, str | None]]:
     try:
         with open_bytes(path) as file:
             while piece := file.readline(MAX_LINE + 1):
-                number, size = number + 1, len(piece)
-                while len(piece) > MAX_LINE and not piece.endswith(b"\n"):
+                number, line, size = number + 1, piece, len(piece)
+                while size > MAX_LINE and piece and not piece.endswith(b"\n"):
                     piece = file.readline(MAX_LINE + 1)  # read on to the end of the line, keep nothing
                     size += len(piece)
-                yield number, *(decode(piece, number) if size <= MAX_LINE + 1 else ("", too_long(size)))
+                fits = size - piece.endswith(b"\n") <= MAX_LINE
+                yield number, *(decode(line, number) if fits else ("", too_long(size)))
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield number + 1, "", f"broken gzip ({error}): fetch the file again, or pack it again"
 
@@ -1562,11 +1659,9 @@ except DataError as error:
 @contextmanager
 def line_writer(path: Path) -> Iterator[Callable[[dict], None]]:
     """A function that writes one row a line, as gzip if the name ends in .gz; the same rows give the same bytes."""
-    with open(path, "wb") as raw:
-        file = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.name.endswith(".gz") else raw
+    packed = path.name.endswith(".gz")
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) if packed else nullcontext(raw) as file:
         yield lambda row: file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        if file is not raw:
-            file.close()  # writes the checksum; raw is closed by the with
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
@@ -1585,9 +1680,13 @@ def key_of(row: dict) -> str:
     return row["text"] if "text" in row else json.dumps(row, ensure_ascii=False, sort_keys=True)
 
 
-def write_parts(rows: Iterable[dict], folder: Path, share: float) -> dict[str, int]:
-    """Writes train.jsonl.gz and valid.jsonl.gz in one pass and returns the number of rows in each."""
+def write_parts(rows: Iterable[dict], folder: Path, expected: int) -> dict[str, int]:
+    """Writes train.jsonl.gz and valid.jsonl.gz in one pass and returns the number of rows in each.
+
+    One row in fifty is held back, more if few rows are `expected`: a held-out part of three texts measures nothing.
+    """
     folder.mkdir(parents=True)
+    share = max(0.02, min(0.5, 20 / expected))
     counts = {"train": 0, "valid": 0}
     with line_writer(folder / "train.jsonl.gz") as train, line_writer(folder / "valid.jsonl.gz") as valid:
         for row in rows:
@@ -1655,12 +1754,13 @@ def write_world(folder: Path, sizes: dict, about: dict) -> None:
     if not missing:
         return
     world = make_world(sizes["people"], sizes.get("seed", 1))
+    count = {"pretrain": sizes["documents"], "sft": sizes.get("conversations", max(1000, sizes["documents"] // 10))}
     rows = {
-        "pretrain": ({"text": text} for text in world.documents(sizes["documents"], 1)),
-        "sft": ({"conversations": chat} for chat in world.conversations(sizes.get("conversations", sizes["documents"] // 10), 1)),
+        "pretrain": ({"text": text} for text in world.documents(count["pretrain"], 1)),
+        "sft": ({"conversations": chat} for chat in world.conversations(count["sft"], 1)),
     }
     for stage in missing:
-        about["stages"][stage] = {"source": "world", **write_parts(rows[stage], folder / stage, share=0.02)}
+        about["stages"][stage] = {"source": "world", **write_parts(rows[stage], folder / stage, count[stage])}
         if about["source"] != "world":
             about["notes"].append(f"{about['source']} has no {stage}/: the world's data is used for it")
     if "pretrain" in missing:
@@ -1698,7 +1798,7 @@ def prepare(source: str | Path | None, folder: str | Path, world_sizes: dict) ->
             if stage in sources:
                 removed = {"duplicates": 0, "in_evaluation": 0}
                 rows = select_rows(good_rows(sources[stage], stage), known, removed)
-                parts = write_parts(rows, new / stage, share=max(0.02, min(0.5, 20 / counts[stage])))
+                parts = write_parts(rows, new / stage, counts[stage])
                 about["stages"][stage] = {"source": str(sources[stage]), "rows": counts[stage], **parts, **removed}
         write_world(new, world_sizes, about)
         about["notes"] += [f"{path} was not read: unknown kind of file" for path in unread(sources)]
