@@ -203,7 +203,7 @@ def write_report(report: dict) -> str:
     if report["chapters"]:
         name, entry = report["shown"], report["profiles"].get(report["shown"], {})
         where = "the GPU's data sheet" if name in DATASHEET and not m["gpu"] else "this machine"
-        lines += ["", f"Chapters at {name}: seconds measured when the profile was made; training predicted for this machine"]
+        lines += ["", f"Chapters at {name}: time measured when the profile was made; training predicted for {where}"]
         for chapter, seconds in report["chapters"].items():
             training = entry.get("training", {}).get(chapter)
             told = f"   {TRAINING[chapter]}: {training['tokens'] / 1e6:.1f}M tokens, about {duration(training['seconds'])}, " \
