@@ -72,6 +72,7 @@ def fetch(file: dict, folder: Path) -> Path:
     Raises DownloadError: no room, no connection, not there, or bytes that are not the ones meant (then the file is deleted).
     """
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # one plain, resumable HTTP path for the hub and its mirrors
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
     where = {"repo_id": file["repo"], "filename": file["path"], "repo_type": "dataset", "revision": file["revision"],
