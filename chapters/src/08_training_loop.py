@@ -1058,6 +1058,7 @@ if __name__ == "__main__":
 # The parent reads the step numbers that the run prints, and at step 40 sends signal 9, which no process can catch.
 
 # %% id="train-kill"
+import shutil
 import signal
 import subprocess
 import sys
@@ -1072,9 +1073,8 @@ def start_run(folder):
     return subprocess.Popen([sys.executable, script, folder], stdout=subprocess.PIPE, text=True, env=environment)
 
 
-import shutil
-
-shutil.rmtree(chapter.work / "killed", ignore_errors=True)
+for name in ("killed", "lived"):
+    shutil.rmtree(chapter.work / name, ignore_errors=True)
 victim = start_run(chapter.work / "killed")
 for line in victim.stdout:
     if int(line) == 40:
