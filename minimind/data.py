@@ -429,6 +429,13 @@ class Mixture:
     sources: dict[str, tuple[Path, float]]
     valid_share: float = 0.02
 
+    def __post_init__(self):
+        shares = [share for _, share in self.sources.values()]
+        if not shares or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-6:
+            raise DataError(f"the shares must be above 0 and sum to 1, they sum to {sum(shares):g}")
+        if not 0 < self.valid_share < 1:
+            raise DataError(f"valid_share is {self.valid_share:g}, it must lie between 0 and 1")
+
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Mixture":
         """Reads `valid_share` and `sources: {name: {path, share}}`; paths are relative to the YAML file."""
@@ -437,14 +444,11 @@ class Mixture:
         path = Path(path)
         try:
             given = yaml.safe_load(path.read_text(encoding="utf-8"))
-            sources = {name: (path.parent / entry["path"], float(entry["share"])) for name, entry in given["sources"].items()}
-            mixture = cls(sources, float(given.get("valid_share", 0.02)))
-        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"{path}: {type(error).__name__}: {error}; expected sources: {{name: {{path: ..., share: ...}}}}") from error
-        total = sum(share for _, share in sources.values())
-        if abs(total - 1) > 1e-6 or min(share for _, share in sources.values()) <= 0 or not 0 < mixture.valid_share < 1:
-            raise DataError(f"{path}: the shares must be above 0 and sum to 1, they sum to {total:g}; valid_share lies between 0 and 1")
-        return mixture
+            entries = given.pop("sources")
+            return cls({name: (path.parent / e["path"], float(e["share"])) for name, e in entries.items()}, **given)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+            expected = "expected sources: {name: {path: FILE, share: NUMBER}} and valid_share: NUMBER"
+            raise DataError(f"{path}: {error} ({type(error).__name__}); {expected}") from error
 
 # %% ../chapters/01_data.ipynb #data-mixture-draw
 def endless(source: Path, part: str, valid_share: float) -> Iterator[str]:
