@@ -1,5 +1,17 @@
 # %% [markdown]
 # # 7. The transformer
+#
+# You have attention, rotary positions and feed-forward layers. This chapter puts them together into the model that the rest of the course trains. Before anything is trained,
+# you will predict from the configuration alone how many parameters it has, how many operations a token costs and how many bytes a training step needs, and then measure all three.
+#
+# At the end you can
+#
+# - write RMSNorm and a pre-norm block, and show why both the norm and the residual path are needed;
+# - build the whole model, with or without experts, and say what its first loss will be;
+# - predict parameters exactly, and FLOPs and training memory within 10%;
+# - save a folder that Hugging Face loads, and load theirs, with the same logits.
+#
+# You need chapters 4 to 6. Reading 40 minutes; running: smoke 20 s, cpu 60 s.
 
 # %% id="parameters" tags=["parameters"]
 profile = "cpu"
@@ -30,6 +42,87 @@ from minimind.attention import Attention, causal_mask
 from minimind.moe import MoE, SwiGLU, load_balancing_loss
 from minimind.rope import apply_rope, rope_cos_sin, rope_frequencies
 
+# %% id="model-picture"
+import matplotlib.pyplot as plt
+
+
+def step(ax, y, text, colour="#dce9f7", x=2.0):
+    ax.text(x, y, text, ha="center", va="center", size=10, bbox=dict(boxstyle="round", fc=colour, ec="black"))
+
+
+fig, ax = plt.subplots(figsize=(6.5, 5))
+ax.plot([0, 0], [0.5, 8.4], color="black", lw=5, solid_capstyle="butt")
+for y, text, colour in ((2.2, "RMSNorm → attention", "#dce9f7"), (4.2, "RMSNorm → feed-forward", "#f7e3d0")):
+    step(ax, y, text, colour, x=2.4)
+    ax.annotate("", (1.1, y), (0, y - 0.7), arrowprops=dict(arrowstyle="->", connectionstyle="angle,angleA=0,angleB=90"))
+    ax.annotate("", (0.05, y + 0.7), (2.4, y + 0.3), arrowprops=dict(arrowstyle="->", connectionstyle="angle,angleA=90,angleB=0"))
+    ax.text(-0.4, y + 0.7, "+", size=16, ha="center", va="center")
+for y, text in ((0.2, "token ids (B, T) → embedding (B, T, C)"), (6.4, "the next block, and so on"), (7.5, "RMSNorm"), (8.7, "output layer → logits (B, T, V)")):
+    step(ax, y, text, "white", x=0)
+ax.add_patch(plt.Rectangle((-0.9, 1.1), 5, 4.3, fill=False, ls="--"))
+ax.text(4.2, 3.3, "one block,\nrepeated", size=10, va="center")
+ax.set(xlim=(-2.6, 5.6), ylim=(-0.2, 9.1))
+ax.axis("off")
+show(fig, "The model: a stream of vectors (thick line) runs from the embedding to the logits, and every block reads a normalised copy of it and adds its result.")
+
+# %% [markdown]
+# ## Why not simply stack the layers?
+#
+# Take 24 feed-forward layers from chapter 6 and chain them, each one working on the output of the last. Follow the size of the vectors, as the root mean square of their numbers.
+# What do you expect after 24 layers, when all weights are drawn with standard deviation 0.02?
+
+# %% id="model-plain-stack"
+from minimind.data import set_seed
+
+
+def rms(x):
+    return x.float().pow(2).mean().sqrt().item()
+
+
+set_seed(7)
+layers = [SwiGLU(160, 448) for _ in range(24)]
+for layer in layers:
+    for weight in layer.parameters():
+        nn.init.normal_(weight, std=0.02)
+
+# %% id="model-plain-stack-run"
+def sizes(step):
+    x, seen = torch.randn(100, 160), []
+    for layer in layers:
+        with torch.no_grad():
+            x = step(layer, x)
+        seen.append(rms(x))
+    return seen
+
+
+chained = sizes(lambda layer, x: layer(x))
+print("after 1 layer", chained[0], "after 4", chained[3], "after 24", chained[-1])
+assert chained[-1] == 0
+
+# %% [markdown]
+# The signal is gone after a handful of layers: each product shrinks it, until float32 has no smaller number. Larger weights make it explode instead. No choice of weights is safe for every depth,
+# so models use two tools.
+#
+# **The residual path.** A layer does not replace its input, it adds to it: `x + layer(x)`. Whatever a layer does, the input gets through, and so does the gradient.
+#
+# **The norm.** Each layer reads a copy of the stream that is scaled to size 1, so it never matters how large the stream has grown.
+#
+# ## RMSNorm
+#
+# Divide a vector by its root mean square, then scale every channel by a learned weight (Zhang and Sennrich 2019):
+#
+# $$y_i = w_i \, \frac{x_i}{\sqrt{\frac{1}{C}\sum_j x_j^2 + \varepsilon}}$$
+#
+# By hand for the vector (3, 4): the mean square is (9 + 16) / 2 = 12.5, its root 3.54.
+
+# %% id="model-rmsnorm-by-hand"
+x = torch.tensor([3.0, 4.0])
+y = x / (x.pow(2).mean() + 1e-6).sqrt()
+print(y, "size now", rms(y))
+
+# %% [markdown]
+# $\varepsilon$ keeps a vector of zeros from dividing by zero. In the class, torch's own `F.rms_norm` does the same in one call:
+
 # %% id="model-rmsnorm-class"
 #| export
 class RMSNorm(nn.Module):
@@ -45,6 +138,43 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+# %% id="model-rmsnorm-check"
+norm, vectors = RMSNorm(160), torch.randn(5, 160)
+torch.testing.assert_close(norm(vectors), vectors / (vectors.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
+torch.testing.assert_close(norm(1000 * vectors), norm(vectors), atol=1e-4, rtol=1e-4)   # the size of the input does not matter
+
+# %% [markdown]
+# **Exercise 7.1 (10 min, ★).** Write `RMSNorm`. LayerNorm also subtracts the mean. Find a vector for which the two agree, and one for which they do not.
+#
+# With both tools the same 24 layers keep their signal:
+
+# %% id="model-residual-run"
+norm = RMSNorm(160)
+curves = {
+    "layer(x)": chained,
+    "x + layer(x)": sizes(lambda layer, x: x + layer(x)),
+    "x + layer(norm(x))": sizes(lambda layer, x: x + layer(norm(x))),
+    "norm(x + layer(x))": sizes(lambda layer, x: norm(x + layer(x))),
+}
+
+# %% id="model-residual-picture"
+fig, axes = plt.subplots(1, 2, figsize=(7, 2.8))
+for name, values in curves.items():
+    for ax in axes:
+        ax.plot(range(1, 25), [max(v, 1e-45) for v in values], label=name)
+axes[0].set(yscale="log", ylim=(1e-12, 1e2), xlabel="layer", ylabel="size of the vectors (RMS)")
+axes[1].set(ylim=(0.98, 1.12), xlabel="layer", title="the same, enlarged")
+axes[0].legend(loc="center right", fontsize=8)
+show(fig, "Size of the vectors through 24 layers: chained layers lose the signal within a few layers, the residual versions keep it.")
+
+# %% [markdown]
+# The last two lines differ in where the norm stands. **Post-norm** (the 2017 design) normalises the stream itself, so that every norm stands in the way of the gradient. **Pre-norm** leaves the stream alone
+# and normalises only what a layer reads. It trains without tricks (Xiong et al. 2020), and it is what all models of this course use.
+#
+# ## Sizes in one place
+#
+# Everything that defines a model goes into one dataclass. Its names are Hugging Face's, because `config.json` will hold them.
 
 # %% id="model-config"
 #| export
@@ -82,6 +212,9 @@ class ModelConfig:
             raise ValueError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | changes)
 
+# %% [markdown]
+# The presets: `tiny` is what a laptop trains in minutes, the others are MiniMind's published sizes. The `-moe` ones have four experts of which one is used.
+
 # %% id="model-presets"
 #| export
 TINY = dict(
@@ -99,6 +232,12 @@ PRESETS = {
     "minimind3": MINIMIND3,
     "minimind3-moe": MINIMIND3 | dict(num_experts=4, moe_intermediate_size=2432),
 }
+
+# %% [markdown]
+# ## One block
+#
+# Two lines of `forward` are the picture above: read a normalised copy, add the result. The attention is chapter 4's, the feed-forward layer chapter 6's. With `qk_norm`, queries and keys get an
+# RMSNorm of their own, for each head, which keeps scores from growing during training (Qwen3 does this, Llama does not).
 
 # %% id="model-block"
 #| export
@@ -124,12 +263,55 @@ class Block(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), rotate, attention_mask, kv_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+# %% [markdown]
+# **Exercise 7.2 (15 min, ★★).** Write `Block.forward`. Then build the parallel block of GPT-J, `x + attention(norm(x)) + mlp(norm(x))`. What can it do faster, and what can it no longer do?
+#
+# ## Around the blocks
+#
+# Two things are needed once for all layers: who may look at whom, and the rotation of chapter 5.
+#
+# The mask first. `None` is the fast case: plain causal rows. Rows of different length are padded, and then a mask says which positions are real.
+
+# %% id="model-full-mask"
+#| export
+def full_mask(attention_mask: Tensor | None, past: int, input_ids: Tensor) -> Tensor | None:
+    """The mask that attention reads: None for plain causal rows, else bool (B or 1, 1, T, S), True = may look.
+
+    attention_mask is None, a padding mask (B, S) with 1 = real, or already (B, 1, T, S).
+    """
+    T = input_ids.size(1)
+    if attention_mask is None and (past == 0 or T == 1):
+        return None
+    if attention_mask is not None and attention_mask.dim() == 4:
+        return attention_mask
+    mask = causal_mask(T, past + T).to(input_ids.device)[None, None]    # (1, 1, T, S)
+    if attention_mask is None:
+        return mask
+    if attention_mask.shape != (input_ids.size(0), past + T):
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected (B, past + T) = {(input_ids.size(0), past + T)}")
+    # A padded position may look at itself: a row without any key would be 0 / 0.
+    own = torch.arange(past, past + T, device=input_ids.device)[:, None] == torch.arange(past + T, device=input_ids.device)
+    return mask & (attention_mask.bool()[:, None, None, :] | own)
+
+# %% id="model-full-mask-check"
+ids = torch.zeros(1, 4, dtype=torch.long)
+assert full_mask(None, 0, ids) is None
+print(full_mask(torch.tensor([[0, 1, 1, 1]]), 0, ids)[0, 0].int())
+
+# %% [markdown]
+# Read it row by row: row t says what position t may see. Position 0 is padding, and nobody else looks at it.
+#
+# Under mixed precision, matrix products run in bfloat16, and torch converts their inputs each time. If the stream already has that type, nothing needs converting:
+
 # %% id="model-working-dtype"
 #| export
 def working_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrix products will have here: autocast's, else the dtype of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+# %% [markdown]
+# The decoder: embedding, blocks, final norm. Cosines and sines are computed once for each call and shared by all layers.
 
 # %% id="model-decoder"
 #| export
@@ -175,26 +357,9 @@ class Decoder(nn.Module):
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         return lambda q, k: (apply_rope(q, cos, sin), apply_rope(k, cos, sin))
 
-# %% id="model-full-mask"
-#| export
-def full_mask(attention_mask: Tensor | None, past: int, input_ids: Tensor) -> Tensor | None:
-    """The mask that attention reads: None for plain causal rows, else bool (B or 1, 1, T, S), True = may look.
-
-    attention_mask is None, a padding mask (B, S) with 1 = real, or already (B, 1, T, S).
-    """
-    T = input_ids.size(1)
-    if attention_mask is None and (past == 0 or T == 1):
-        return None
-    if attention_mask is not None and attention_mask.dim() == 4:
-        return attention_mask
-    mask = causal_mask(T, past + T).to(input_ids.device)[None, None]    # (1, 1, T, S)
-    if attention_mask is None:
-        return mask
-    if attention_mask.shape != (input_ids.size(0), past + T):
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected (B, past + T) = {(input_ids.size(0), past + T)}")
-    # A padded position may look at itself: a row without any key would be 0 / 0.
-    own = torch.arange(past, past + T, device=input_ids.device)[:, None] == torch.arange(past + T, device=input_ids.device)
-    return mask & (attention_mask.bool()[:, None, None, :] | own)
+# %% [markdown]
+# The model adds the output layer. In small models a third or more of the weights would be in the two V × C matrices at both ends, so they share one (**tied embeddings**, Press and Wolf 2017): the vector that stands for a word when
+# reading is the vector that scores it when writing.
 
 # %% id="model-minimind"
 #| export
@@ -257,115 +422,67 @@ class MiniMind(nn.Module):
         """Read a Hugging Face model folder (Qwen3, Qwen3-MoE or Llama) in float32. See load_model."""
         return load_model(Path(folder))
 
-# %% id="model-config-json"
-#| export
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
+# %% [markdown]
+# A first call, and the property that everything rests on: changing a later token never changes an earlier prediction.
+
+# %% id="model-causality"
+set_seed(0)
+model = MiniMind(ModelConfig.preset("tiny"))
+ids = torch.randint(0, 2048, (2, 40))
+changed = ids.clone()
+changed[:, 25] = (changed[:, 25] + 1) % 2048
+with torch.no_grad():
+    difference = (model(ids) - model(changed)).abs().amax((0, 2))       # (T,)
+assert difference[:25].max() < 1e-5 and difference[25:].min() > 1e-4
+
+# %% id="model-causality-picture"
+fig, ax = plt.subplots(figsize=(6, 2.3))
+ax.bar(range(40), difference, color="#0072B2")
+ax.axvline(24.5, color="#D55E00", ls="--")
+ax.set(xlabel="position", ylabel="change of logits")
+show(fig, "Largest change of the logits when token 25 is replaced: nothing moves before it, everything from it on does.")
+
+# %% [markdown]
+# **Exercise 7.3 (10 min, ★★).** Left-pad a short row, pass the padding mask, and show that the logits of its real tokens equal those of the row alone. Why does it work although the positions have moved?
+#
+# ## The first loss
+#
+# An untrained model knows nothing, so its best guess is the same probability for all V tokens: a loss of ln V (chapter 3). For V = 2048 that is 7.62. Does our model start there? And what if the weights are drawn
+# ten times larger? Write down both guesses.
+
+# %% id="model-first-loss"
+import math
 
 
-def config_to_json(config: ModelConfig) -> dict:
-    """The config.json that transformers reads: q/k norm and experts decide between Llama, Qwen3 and Qwen3-MoE."""
-    if config.num_experts and not config.qk_norm:
-        raise ValueError("a model with experts but without q/k norm is no Hugging Face architecture: set qk_norm=True")
-    kind = "qwen3_moe" if config.num_experts else "qwen3" if config.qk_norm else "llama"
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "qk_norm"}
-    if kind != "qwen3_moe":
-        values = {name: value for name, value in values.items() if name not in MOE_FIELDS}
-    # transformers 5 reads rope_parameters, older versions read rope_theta and rope_scaling.
-    values["rope_parameters"] = {"rope_type": "default"} | (config.rope_scaling or {}) | {"rope_theta": config.rope_theta}
-    fixed = {"hidden_act": "silu", "attention_bias": False, "use_cache": True, "dtype": "float32"}
-    return {"model_type": kind, "architectures": [ARCHITECTURES[kind]]} | values | fixed
-
-# %% id="model-config-from-json"
-#| export
-def config_from_json(values: dict, source: str = "config.json") -> ModelConfig:
-    """A ModelConfig from a Hugging Face config.json; raises ValueError naming what this model does not have."""
-    kind = values.get("model_type")
-    if kind not in ARCHITECTURES:
-        raise ValueError(f"{source}: model_type is {kind!r}; this model reads {', '.join(ARCHITECTURES)}")
-    values = dict(values)
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    values["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    values["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    values["qk_norm"] = kind != "llama"
-    values["num_experts"] = values.get("num_experts", values.get("num_local_experts", 0)) if kind == "qwen3_moe" else 0
-    values["num_key_value_heads"] = values.get("num_key_value_heads") or values.get("num_attention_heads")
-    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    refuse_unsupported(values, source)
-    names = {f.name for f in fields(ModelConfig)}
-    return ModelConfig(**{name: value for name, value in values.items() if name in names})
+def first_loss(spread):
+    set_seed(1)
+    model = MiniMind(ModelConfig.preset("tiny", initializer_range=spread))
+    ids = torch.randint(0, 2048, (8, 65))
+    with torch.no_grad():
+        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
 
 
-def refuse_unsupported(values: dict, source: str) -> None:
-    expected = {
-        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
-        "decoder_sparse_step": 1, "mlp_only_layers": [], "quantization_config": None,
-    }
-    for name, value in expected.items():
-        if values.get(name, value) not in (value, None):
-            raise ValueError(f"{source}: {name} is {values[name]!r}; this model only has {value!r}")
+losses = {spread: first_loss(spread) for spread in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)}
+print({spread: round(loss, 3) for spread, loss in losses.items()}, " ln V =", round(math.log(2048), 3))
+check("transformer/first_loss_over_ln_v", losses[0.02] / math.log(2048))
 
-# %% id="model-save"
-#| export
-def save_model(model: MiniMind, folder: Path) -> None:
-    """Write config.json and model.safetensors into folder, all or nothing.
+# %% id="model-first-loss-picture"
+fig, ax = plt.subplots(figsize=(5.5, 2.6))
+ax.plot(list(losses), list(losses.values()), "o-", label="first loss")
+ax.axhline(math.log(2048), color="#D55E00", ls="--", label="ln V")
+ax.set(xscale="log", xlabel="initializer_range (standard deviation of the weights)", ylabel="loss (nats)")
+ax.legend()
+show(fig, "First loss against the spread of the initial weights: small weights start at ln V, large ones start worse than knowing nothing.")
 
-    The files are written beside the folder first and then renamed, so that a kill or a full disk
-    leaves either the old model or the new one. Other files in the folder (tokenizer) are kept.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        if folder.is_dir():
-            shutil.copytree(folder, draft, dirs_exist_ok=True)
-        (draft / "config.json").write_text(json.dumps(config_to_json(model.config), indent=2) + "\n")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-        replace_folder(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def replace_folder(draft: Path, folder: Path) -> None:
-    """Put draft in the place of folder. Two renames: in between, the old one lies beside it as .NAME.old."""
-    draft.chmod(0o755)  # mkdtemp makes it private
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(draft, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-# %% id="model-load"
-#| export
-def load_model(folder: Path) -> MiniMind:
-    """A model from a Hugging Face folder. Raises ValueError or FileNotFoundError that names the file or the weight."""
-    path = folder / "model.safetensors"
-    for needed in (folder / "config.json", path):
-        if not needed.is_file():
-            raise FileNotFoundError(f"{needed} is missing: {folder} is not a model folder")
-    config = config_from_json(json.loads((folder / "config.json").read_text()), str(folder / "config.json"))
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or save it again") from error
-    model = MiniMind(config)
-    check_weights(model.state_dict(), tensors, path)
-    model.load_state_dict(tensors)
-    return model
-
-
-def check_weights(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
-    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
-    problems += [f"{name} is unexpected" for name in tensors.keys() - expected.keys()]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, the config asks for {tuple(expected[name].shape)}"
-        for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:10])
-        raise ValueError(f"{path} does not fit its config.json, {len(problems)} weights: {shown}")
+# %% [markdown]
+# The final norm makes every hidden vector of size 1, so a logit is a sum of C products with weights of spread s: its spread is $s\sqrt{C}$, 0.25 for s = 0.02 and 2.5 for s = 0.2. A spread of 2.5 is confident nonsense. A first loss far from ln V
+# is the cheapest bug detector that you have: check it before every training run.
+#
+# **Exercise 7.4 (10 min, ★★).** The mean of the loss over random logits of spread σ is about $\ln V + \sigma^2/2$. Test this on the curve above. Where does it fail, and why?
+#
+# ## Parameters
+#
+# Count them from the picture: attention has C × HD twice and C × KD twice, a feed-forward layer has 3 CI, and the embedding V × C is used once more as the output layer. Norms add a few vectors.
 
 # %% id="model-count-parameters"
 #| export
@@ -387,6 +504,43 @@ def count_parameters(config: ModelConfig, active: bool = False) -> int:
     experts = config.num_experts_per_tok if active else config.num_experts
     return matmul_parameters(config, experts) + norms + embedding
 
+# %% [markdown]
+# Predict all presets and compare with the real thing. Building 198 million parameters would take 800 MB; on torch's `meta` device tensors have shapes and no memory.
+
+# %% id="model-count-check"
+published = {"minimind2-small": 25.83, "minimind3": 64, "minimind3-moe": 198}
+for name in PRESETS:
+    config = ModelConfig.preset(name)
+    with torch.device("meta"):
+        built = MiniMind(config).num_parameters()
+    assert count_parameters(config) == built
+    active = count_parameters(config, active=True)
+    print(f"{name:16} {built:>12,}   active {active:>11,}   published {published.get(name, '-')} M")
+
+# %% id="model-count-picture"
+names = list(PRESETS)
+configs = [ModelConfig.preset(name) for name in names]
+total = torch.tensor([count_parameters(c) for c in configs])
+embedding = torch.tensor([c.vocab_size * c.hidden_size for c in configs])
+attention = torch.tensor([2 * c.num_hidden_layers * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) for c in configs])
+fig, ax = plt.subplots(figsize=(7, 2.8))
+left = torch.zeros(len(names))
+for part, label, hatch in ((embedding, "embedding", ""), (attention, "attention", "//"), (total - embedding - attention, "feed-forward", "..")):
+    ax.barh(names, part / total, left=left, label=label, hatch=hatch, edgecolor="white")
+    left = left + part / total
+ax.set(xlabel="share of all parameters", xlim=(0, 1))
+ax.invert_yaxis()
+ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+show(fig, "Where the parameters are: the tiny model spends a fifth on its vocabulary, larger ones and those with experts spend most on feed-forward layers.")
+
+# %% [markdown]
+# **Exercise 7.5 (10 min, ★).** Qwen3-0.6B has hidden size 1024, 28 layers, 16 heads of 128, 8 key/value heads, intermediate size 3072, vocabulary 151,936, tied. Predict its parameters to three digits, then check with `count_parameters`.
+#
+# ## Operations
+#
+# A product of a vector with an N-weight matrix takes N multiplications and N additions: 2N **FLOPs**. Scores and mixing in attention add 4·T·H·D in each layer, since every token meets T others twice. Backward needs two products for each
+# one of forward, so training costs three times as much.
+
 # %% id="model-flops"
 #| export
 def flops_per_token(config: ModelConfig, T: int, training: bool = True) -> int:
@@ -398,6 +552,48 @@ def flops_per_token(config: ModelConfig, T: int, training: bool = True) -> int:
     attention = 4 * T * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     forward = 2 * matmul_parameters(config, config.num_experts_per_tok) + attention
     return 3 * forward if training else forward
+
+# %% [markdown]
+# torch can count every operation that really runs. (The readable attention kernel is forced here, because the counter does not look into the fused one.)
+
+# %% id="model-flops-check"
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+B, T = chapter.size.batch, chapter.size.context
+for name in ("tiny", "tiny-moe"):
+    model = MiniMind(ModelConfig.preset(name))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(torch.randint(0, 2048, (B, T))).sum().backward()
+    measured = counter.get_total_flops() / (B * T)
+    predicted = flops_per_token(model.config, T)
+    print(f"{name:9} predicted {predicted:,}, counted {measured:,.0f} a token")
+    check(f"transformer/flops_{name}", predicted / measured)
+    assert 0.9 < predicted / measured < 1.1
+
+# %% [markdown]
+# For short rows the weights dominate, and "6 × parameters for a token" is a good rule. When does attention take over?
+
+# %% id="model-flops-picture"
+lengths = [2**i for i in range(6, 17)]
+fig, ax = plt.subplots(figsize=(5.5, 2.6))
+for name in ("tiny", "minimind2-small", "minimind3"):
+    config = ModelConfig.preset(name)
+    ax.plot(lengths, [1 - flops_per_token(config, 0) / flops_per_token(config, T) for T in lengths], label=name)
+ax.axhline(0.5, color="grey", ls=":", lw=1)
+ax.set(xscale="log", xlabel="tokens in a row (T)", ylabel="share of operations", ylim=(0, 1))
+ax.legend()
+show(fig, "Share of all operations that attention scores take: half of the work from a few thousand tokens on, earlier for narrow models.")
+
+# %% [markdown]
+# **Exercise 7.6 (10 min, ★★).** Your processor runs `tiny` at some tokens per second (chapter 9 measures it). Turn that into FLOPs per second and compare with one large matrix product. The ratio is the model FLOPs utilisation.
+#
+# ## Memory
+#
+# A training step holds five things. Parameters, their gradients and Adam's two averages are 4 + 4 + 8 = 16 bytes for each parameter in float32. The fourth is **activations**: what the forward pass keeps because backward will need it. The fifth is short but large: the loss works on B × T × V
+# float32 numbers, and at its peak their gradient exists twice.
+#
+# What is kept can be read off the formulas. A product keeps its input. $a \odot b$ keeps both. The fused attention keeps q, k, v, its output and one number for each row, and never the T × T scores.
 
 # %% id="model-activations"
 #| export
@@ -439,3 +635,329 @@ def training_memory(
         "loss": batch * T * 8 * config.vocab_size,                      # gradient of logits, in and out of softmax
     }
     return memory | {"total": sum(memory.values())}
+
+# %% [markdown]
+# Now the measurement. Autograd lets us look at each tensor that it keeps, with two hooks: one is called when a tensor is stored, the other when it is fetched. Several may share one memory, so count each memory once, and leave out the parameters.
+
+# %% id="model-measure-activations"
+def kept_bytes(model, loss_of):
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        memory = tensor.untyped_storage()
+        if memory.data_ptr() not in own:
+            kept[memory.data_ptr()] = memory                            # holding it keeps its address from being reused
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(model)
+    return sum(memory.nbytes() for memory in kept.values())
+
+# %% [markdown]
+# For the peak of everything, a second tool sees every operation. It adds up the memory of all tensors that operations return, and subtracts it when Python lets go of them.
+
+# %% id="model-measure-peak"
+import weakref
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class PeakMemory(TorchDispatchMode):
+    """Inside `with PeakMemory() as memory:` memory.now and memory.peak are bytes of live tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.now, self.peak = set(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.live:
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, memory):
+        self.live.add(id(memory))
+        self.now += memory.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(memory, self.drop, id(memory), memory.nbytes())
+
+    def drop(self, key, size):
+        self.live.discard(key)
+        self.now -= size
+
+# %% [markdown]
+# Measure two steps, so that gradients and Adam's averages exist when the second backward pass begins:
+
+# %% id="model-memory-measure"
+def measure(name, precision):
+    ids = torch.randint(0, 2048, (B, T))
+
+    def loss_of(model):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return F.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten()) + 0.01 * model.aux_loss
+
+    with PeakMemory() as memory:
+        model = MiniMind(ModelConfig.preset(name))
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        loss_of(model).backward()
+        optimizer.step()
+        memory.peak = 0
+        loss_of(model).backward()
+    return {"activations": kept_bytes(model, loss_of), "total": memory.peak}
+
+# %% id="model-memory-check"
+rows = []
+for name in ("tiny", "tiny-moe"):
+    for precision in ("fp32", "bf16"):
+        predicted = training_memory(ModelConfig.preset(name), B, T, precision, device="cpu")
+        measured = measure(name, precision)
+        rows.append((f"{name}\n{precision}", predicted, measured["total"]))
+        for what, value in measured.items():
+            ratio = predicted[what] / value
+            print(f"{name:9} {precision} {what:11} predicted {predicted[what] / 1e6:6.1f} MB, measured {value / 1e6:6.1f} MB, ratio {ratio:.3f}")
+            assert 0.9 < ratio < 1.1
+check("transformer/memory_tiny_bf16", rows[1][1]["total"] / rows[1][2])
+
+# %% id="model-memory-picture"
+fig, ax = plt.subplots(figsize=(7, 3))
+bottom = [0.0] * len(rows)
+for part, hatch in zip(("parameters", "gradients", "optimizer", "activations", "loss"), ("", "//", "..", "xx", "--")):
+    values = [predicted[part] / 1e6 for _, predicted, _ in rows]
+    ax.bar(range(len(rows)), values, 0.5, bottom=bottom, label=part, hatch=hatch, edgecolor="white")
+    bottom = [b + v for b, v in zip(bottom, values)]
+ax.plot(range(len(rows)), [peak / 1e6 for _, _, peak in rows], "k_", ms=60, mew=2, label="measured peak")
+ax.set_xticks(range(len(rows)), [name for name, _, _ in rows])
+ax.set(ylabel="MB", xlim=(-0.6, 5.2))
+ax.legend(loc="right")
+show(fig, "Predicted memory of a training step by part, and the measured peak: in small models activations and the loss are nearly all of it.")
+
+# %% [markdown]
+# The parts that grow with the batch dominate small models; the 16 bytes for each parameter dominate large ones. For the presets on a GPU, at batch 32 and rows of 340:
+
+# %% id="model-memory-presets"
+for name in PRESETS:
+    memory = training_memory(ModelConfig.preset(name), batch=32, T=340, precision="bf16")
+    print(f"{name:16}", "  ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items()), "GB")
+
+# %% [markdown]
+# **Exercise 7.7 (15 min, ★★).** Activation checkpointing keeps only the input of each block and computes the rest again. Predict memory and FLOPs of `minimind3` with it. When is it worth it?
+#
+# ## The same model as Hugging Face's
+#
+# A checkpoint of this course is a Hugging Face model folder. The configuration decides what it is: with experts Qwen3-MoE, with q/k norm Qwen3, without Llama.
+
+# %% id="model-config-json"
+#| export
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
+
+
+def config_to_json(config: ModelConfig) -> dict:
+    """The config.json that transformers reads: q/k norm and experts decide between Llama, Qwen3 and Qwen3-MoE."""
+    if config.num_experts and not config.qk_norm:
+        raise ValueError("a model with experts but without q/k norm is no Hugging Face architecture: set qk_norm=True")
+    kind = "qwen3_moe" if config.num_experts else "qwen3" if config.qk_norm else "llama"
+    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "qk_norm"}
+    if kind != "qwen3_moe":
+        values = {name: value for name, value in values.items() if name not in MOE_FIELDS}
+    # transformers 5 reads rope_parameters, older versions read rope_theta and rope_scaling.
+    values["rope_parameters"] = {"rope_type": "default"} | (config.rope_scaling or {}) | {"rope_theta": config.rope_theta}
+    fixed = {"hidden_act": "silu", "attention_bias": False, "use_cache": True, "dtype": "float32"}
+    return {"model_type": kind, "architectures": [ARCHITECTURES[kind]]} | values | fixed
+
+# %% [markdown]
+# Reading accepts both spellings of the rotary settings that are in use, and refuses by name what our model does not have. Silently ignoring a field would give wrong logits without an error.
+
+# %% id="model-config-from-json"
+#| export
+def config_from_json(values: dict, source: str = "config.json") -> ModelConfig:
+    """A ModelConfig from a Hugging Face config.json; raises ValueError naming what this model does not have."""
+    kind = values.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ValueError(f"{source}: model_type is {kind!r}; this model reads {', '.join(ARCHITECTURES)}")
+    values = dict(values)
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    values["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+    values["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    values["qk_norm"] = kind != "llama"
+    values["num_experts"] = values.get("num_experts", values.get("num_local_experts", 0)) if kind == "qwen3_moe" else 0
+    values["num_key_value_heads"] = values.get("num_key_value_heads") or values.get("num_attention_heads")
+    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    refuse_unsupported(values, source)
+    names = {f.name for f in fields(ModelConfig)}
+    return ModelConfig(**{name: value for name, value in values.items() if name in names})
+
+
+def refuse_unsupported(values: dict, source: str) -> None:
+    expected = {
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "quantization_config": None,
+    }
+    for name, value in expected.items():
+        if values.get(name, value) not in (value, None):
+            raise ValueError(f"{source}: {name} is {values[name]!r}; this model only has {value!r}")
+
+# %% [markdown]
+# Saving writes to a new folder beside the target and renames it when all is on disk. A kill in the middle leaves the old model whole.
+
+# %% id="model-save"
+#| export
+def save_model(model: MiniMind, folder: Path) -> None:
+    """Write config.json and model.safetensors into folder, all or nothing.
+
+    The files are written beside the folder first and then renamed, so that a kill or a full disk
+    leaves either the old model or the new one. Other files in the folder (tokenizer) are kept.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        if folder.is_dir():
+            shutil.copytree(folder, draft, dirs_exist_ok=True)
+        (draft / "config.json").write_text(json.dumps(config_to_json(model.config), indent=2) + "\n")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
+        replace_folder(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def replace_folder(draft: Path, folder: Path) -> None:
+    """Put draft in the place of folder. Two renames: in between, the old one lies beside it as .NAME.old."""
+    draft.chmod(0o755)  # mkdtemp makes it private
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(draft, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+# %% [markdown]
+# Loading is strict: every weight of the model must be in the file, with its shape, and nothing else.
+
+# %% id="model-load"
+#| export
+def load_model(folder: Path) -> MiniMind:
+    """A model from a Hugging Face folder. Raises ValueError or FileNotFoundError that names the file or the weight."""
+    path = folder / "model.safetensors"
+    for needed in (folder / "config.json", path):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{needed} is missing: {folder} is not a model folder")
+    config = config_from_json(json.loads((folder / "config.json").read_text()), str(folder / "config.json"))
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or save it again") from error
+    model = MiniMind(config)
+    check_weights(model.state_dict(), tensors, path)
+    model.load_state_dict(tensors)
+    return model
+
+
+def check_weights(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+    problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
+    problems += [f"{name} is unexpected" for name in tensors.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {tuple(tensors[name].shape)}, the config asks for {tuple(expected[name].shape)}"
+        for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:10])
+        raise ValueError(f"{path} does not fit its config.json, {len(problems)} weights: {shown}")
+
+# %% [markdown]
+# The test, in both directions and for all three families: save ours and let `transformers` load it, then save theirs and load it. The logits must agree within 1e-4.
+
+# %% id="model-hugging-face"
+import importlib.util
+from contextlib import redirect_stderr
+from io import StringIO
+
+families = {"llama": dict(qk_norm=False), "qwen3": {}, "qwen3_moe": dict(num_experts=4, moe_intermediate_size=96)}
+small = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=192)
+if importlib.util.find_spec("transformers"):
+    from transformers import AutoModelForCausalLM
+else:
+    families = {}
+    print("transformers is not installed: this comparison is left out")
+
+# %% id="model-hugging-face-check"
+ids = torch.randint(0, 256, (2, 48))
+folder = chapter.work / "parity"
+for family, changes in families.items():
+    set_seed(3)
+    ours = MiniMind(ModelConfig(**small, **changes))
+    ours.save_pretrained(folder / family)
+    with redirect_stderr(StringIO()):                                   # their progress bars
+        theirs = AutoModelForCausalLM.from_pretrained(folder / family)
+        theirs.save_pretrained(folder / f"{family}-theirs")
+    back = MiniMind.from_pretrained(folder / f"{family}-theirs")
+    with torch.no_grad():
+        there, again = (ours(ids) - theirs(ids).logits).abs().max(), (back(ids) - theirs(ids).logits).abs().max()
+    print(f"{type(theirs).__name__:20} ours to theirs {there:.1e}, theirs to ours {again:.1e}")
+    assert there < 1e-4 and again < 1e-4
+
+# %% [markdown]
+# **Exercise 7.8 (20 min, ★★★).** Save a model with `rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}` and compare again. Then remove the factor on cos and sin: which positions differ?
+#
+# ## Where it breaks
+#
+# **A weight that did not load.** torch's `load_state_dict(strict=False)` skips what it cannot place. Rename one weight in a copy, load it that way, and look at the logits. No error appears:
+
+# %% id="model-silent-weight"
+set_seed(3)
+ours = MiniMind(ModelConfig(**small))
+tensors = dict(ours.state_dict())
+tensors["model.layers.1.mlp.down_project.weight"] = tensors.pop("model.layers.1.mlp.down_proj.weight")
+other = MiniMind(ModelConfig(**small))
+other.load_state_dict(tensors, strict=False)
+print("logits differ by", (ours(ids) - other(ids)).abs().max().item())
+assert not torch.allclose(ours(ids), other(ids), atol=1e-4)
+
+# %% [markdown]
+# One matrix is random, and the model would only be a little worse: the kind of bug that lives for months. Our loader names it:
+
+# %% id="model-strict-weight"
+ours.save_pretrained(folder / "renamed")
+save_file(tensors, folder / "renamed" / "model.safetensors")
+try:
+    MiniMind.from_pretrained(folder / "renamed")
+except ValueError as error:
+    message = str(error).replace(str(folder), "...")
+print(message)
+assert "down_proj.weight is missing" in message and "down_project.weight is unexpected" in message
+
+# %% [markdown]
+# **The other rotary layout.** Llama's original files pair neighbouring channels, Hugging Face's pair the two halves (chapter 5). All shapes agree, so everything loads. How far off are the logits?
+
+# %% id="model-rope-layout"
+from minimind.rope import to_interleaved
+
+swapped = MiniMind(ModelConfig(**small | dict(qk_norm=False)))
+before = swapped(ids)
+with torch.no_grad():
+    for layer in swapped.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            projection.weight.copy_(to_interleaved(projection.weight, 16))
+difference = (swapped(ids) - before).detach().abs().amax((0, 2))        # (T,)
+print("position 0:", difference[0].item(), " last position:", difference[-1].item())
+assert difference[0] < 1e-5 < difference[-1]
+
+# %% [markdown]
+# Position 0 agrees, because it is not rotated and sees only itself; later positions drift. So a difference that begins at position 1 means positions are handled differently. Such symptoms are worth writing down.
+#
+# ## In five lines
+#
+# - A block reads a normalised copy of the stream and adds its result; without residual path and norm the signal dies within a few layers.
+# - The first loss of a healthy model is ln V.
+# - Parameters follow exactly from the configuration; operations are 6 for each active weight and token, plus attention.
+# - Training memory is 16 bytes for each parameter, plus activations and loss that grow with B × T.
+# - A checkpoint folder is Hugging Face's, and loading is strict.
+#
+# **Words**: residual stream, RMSNorm, pre-norm, post-norm, block, tied embeddings, q/k norm, initialisation, FLOP, activation, optimizer state, peak memory, checkpoint folder, strict loading.
+#
+# **Sources**: Zhang and Sennrich 2019, *Root Mean Square Layer Normalization*, arXiv:1910.07467. Xiong et al. 2020, *On Layer Normalization in the Transformer Architecture*, arXiv:2002.04745. Press and Wolf 2017, *Using the Output Embedding*, arXiv:1608.05859. Touvron et al. 2023, *LLaMA*,
+# arXiv:2302.13971. Yang et al. 2025, *Qwen3 Technical Report*, arXiv:2505.09388. Chowdhery et al. 2022, *PaLM*, arXiv:2204.02311. Next: chapter 8 trains it.
