@@ -60,6 +60,7 @@ def hub(monkeypatch):
     Hub.body, Hub.claimed, Hub.cut_at, Hub.requests = BODY, hashlib.sha256(BODY).hexdigest(), None, []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # the other tests run offline
     monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     yield Hub
     server.shutdown()
