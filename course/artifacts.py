@@ -21,6 +21,33 @@ def home() -> Path:
     return Path(os.environ.get("MINIMIND_HOME") or Path(__file__).resolve().parent.parent).resolve()
 
 
+def runs() -> Path:
+    """The folder of all runs. MINIMIND_RUNS overrides it."""
+    return Path(os.environ.get("MINIMIND_RUNS") or home() / "runs").resolve()
+
+
+def latest() -> Path | None:
+    """The newest run: what runs/latest points to, as a link or, where links are not allowed, as a file with its name."""
+    pointer = runs() / "latest"
+    if pointer.is_file():
+        folder = runs() / pointer.read_text(encoding="utf-8").strip()
+    else:
+        folder = pointer.resolve() if pointer.is_symlink() else pointer
+    return folder if folder.is_dir() and folder != pointer else None
+
+
+def set_latest(folder: Path) -> None:
+    """Let runs/latest point to `folder`; a reader sees the old or the new one, never none."""
+    pointer = runs() / "latest"
+    temporary = pointer.with_name(f".latest.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.symlink_to(folder.name, target_is_directory=True)
+        os.replace(temporary, pointer)
+    except OSError:  # Windows without the right to make links; some network and memory-card file systems
+        temporary.unlink(missing_ok=True)
+        write_bytes(pointer, f"{folder.name}\n".encode())
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a kill at any moment leaves the old one or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -32,17 +32,20 @@ class Chapter:
         self.root = artifacts.home()
         run = os.environ.get("MINIMIND_RUN")
         self.alone = not run
-        self.run = Path(run).resolve() if run else self.root / "runs" / "alone"
+        self.run = Path(run).resolve() if run else artifacts.runs() / "alone"
         self.name = name
         copy = self.run / "profile.yaml"  # a run keeps its own copy, with the changes made by --set
         self.settings: Profile = load_file(copy, self.root) if run and copy.is_file() else load(profile, self.root)
         self.profile: str = self.settings.name
         self.model: str = self.settings.model
         self.world: dict = dict(self.settings.world)
-        self.data: str = os.environ.get("MINIMIND_DATA") or self.settings.data
+        self.data: str = os.environ.get("MINIMIND_DATA") or local_data(self.settings.data, self.root)
         self.size: Sizes = self.settings.sizes(name)
         self.max_steps = _max_steps()
-        self.bands_hold = _bands_hold(self)
+        self._origin: dict = {}  # of the model that was read last
+        # Bands are measured with a profile as it stands: not with other data, changed keys, or steps cut short. A run says which.
+        changed = os.environ.get("MINIMIND_BANDS") == "off" if run else bool(os.environ.get("MINIMIND_DATA"))
+        self.bands_hold = not changed and self.max_steps is None
         style_figures()
 
     # -- sizes and machine
@@ -54,27 +57,21 @@ class Chapter:
     @cached_property
     def device(self):
         """The torch.device that this profile and this machine agree on."""
-        import torch
-
-        wanted, cuda = self.settings.device, torch.cuda.is_available()
-        if wanted == "cuda" and not cuda:
-            self._replaced("device", "device cuda replaced by cpu: this machine has no GPU that torch can use")
-        return torch.device("cuda" if cuda and wanted != "cpu" else "cpu")
+        device, sentence = choose_device(self.settings.device)
+        self._replaced("device", sentence)
+        return device
 
     @cached_property
     def amp(self):
         """The torch dtype for autocast, or None for plain float32."""
-        from minimind.train import pick_precision
+        dtype, sentence = choose_precision(self.device, self.settings.precision)
+        self._replaced("precision", sentence)
+        return dtype
 
-        wanted = self.settings.precision
-        dtype, reason = pick_precision(self.device, wanted)
-        got = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype), "fp32")
-        if wanted not in ("auto", got):
-            self._replaced("precision", f"precision {wanted} replaced by {got}: {reason}")
-        return dtype if got != "fp32" else None
-
-    def _replaced(self, what: str, sentence: str) -> None:
-        """Say in the notebook, and leave for the run to say, that the machine cannot do what the profile wants."""
+    def _replaced(self, what: str, sentence: str | None) -> None:
+        """Say in the notebook, and leave for the report to say, that the machine cannot do what the profile wants."""
+        if sentence is None:
+            return
         print(sentence)
         artifacts.update_json(self.run / "replaced.json", lambda value: value.update({what: sentence}))
 
@@ -140,10 +137,11 @@ class Chapter:
         if folder is None:
             number = STAGES.get(name)
             command = f"python -m course run --profile {self.profile}" + (f" --only 1-{number}" if number else "")
-            raise FileNotFoundError(f"there is no finished artifact {name!r} in {self._shown(self.run)}, in an earlier run or in data/checkpoints; `{command}` makes it")
+            searched = f"{self._shown(self.run)}, in an earlier run or in data/checkpoints"
+            raise FileNotFoundError(f"there is no finished artifact {name!r} in {searched}; `{command}` makes it")
         if not folder.is_relative_to(self.run):
             print(f"{name} comes from {self._shown(folder)}")
-        self._origin = artifacts.about(folder) or {}
+        self._origin = artifacts.about(folder) or {"data": "world", "world": load("cpu", self.root).world}  # what ships is made at cpu
         return folder
 
     @property
@@ -161,7 +159,7 @@ class Chapter:
         if not self.alone and artifacts.about(own):
             return own
         found = []
-        for folder in self.root.glob(f"runs/*/artifacts/{name}"):
+        for folder in artifacts.runs().glob(f"*/artifacts/{name}"):
             about = artifacts.about(folder) if not folder.parents[1].is_symlink() else None
             if about and folder != own or about and self.alone:
                 fits = (about.get("profile") == self.profile, about.get("max_steps") == self.max_steps, about.get("data") == self.data)
@@ -177,9 +175,9 @@ class Chapter:
         if not self.alone and artifacts.about(own):
             return own
         # Questions must be about the people whom the model read about: the world of the model that was read goes first.
-        origin = getattr(self, "_origin", {})
+        origin = self._origin
         world, data = origin.get("world", self.world), origin.get("data", self.data)
-        for folder in sorted(self.root.glob("runs/*/artifacts/data*"), reverse=True):
+        for folder in sorted(artifacts.runs().glob("*/artifacts/data*"), reverse=True):
             about = None if folder.parents[1].is_symlink() else artifacts.about(folder)
             if about and (about.get("world"), about.get("data")) == (world, data):
                 return folder
@@ -214,6 +212,35 @@ class Chapter:
             return
         display(Image(_smaller(buffer.getvalue()), format="png", alt=caption))
         display(Markdown(f"*{caption}*"))
+
+
+def choose_device(wanted: str):
+    """The torch.device for auto, cpu or cuda, and a sentence if it is not the one that was wanted."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    sentence = "device cuda replaced by cpu: this machine has no GPU that torch can use" if wanted == "cuda" and not cuda else None
+    return torch.device("cuda" if cuda and wanted != "cpu" else "cpu"), sentence
+
+
+def choose_precision(device, wanted: str):
+    """The torch dtype for autocast (None: float32), and a sentence if it is not the one that was wanted."""
+    from minimind.train import pick_precision
+
+    dtype, reason = pick_precision(device, wanted)
+    got = {"torch.bfloat16": "bf16", "torch.float16": "fp16"}.get(str(dtype), "fp32")
+    return dtype, None if wanted in ("auto", got) else f"precision {wanted} replaced by {reason}"
+
+
+def replaced(device: str, precision: str) -> list[str]:
+    """What this machine has to do otherwise than a profile with this device and precision says."""
+    chosen, sentence = choose_device(device)
+    return [each for each in (sentence, choose_precision(chosen, precision)[1]) if each]
+
+
+def local_data(source: str, root: Path) -> str:
+    """Where a data set of the manifest lies once it was downloaded; "world" and "hf:..." stay as they are."""
+    return source if source == "world" or source.startswith("hf:") else str(root / "data" / "downloads" / source)
 
 
 def describe_band(band: Sequence[float | None]) -> str:
@@ -279,10 +306,3 @@ def _max_steps() -> int | None:
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"MINIMIND_MAX_STEPS is {text!r}: expected a whole number of at least 1")
     return int(text)
-
-
-def _bands_hold(chapter: Chapter) -> bool:
-    """Bands are measured with the profile as it stands: not with other data, changed keys, or a run cut short."""
-    if chapter.max_steps is not None or chapter.data != chapter.settings.data:
-        return False
-    return chapter.alone or chapter.settings.raw == load(chapter.profile, chapter.root).raw
