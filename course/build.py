@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
+from course import artifacts
 from course.outputs import check_size, take_outputs, without_outputs
 from course.source import ROOT, BuildError, Chapter, check_book, read_chapter
 
@@ -336,7 +337,7 @@ def execute(chapters: list[str], profile: str) -> Path:
     command = [sys.executable, "-m", "course", "run", "--profile", profile, "--name", name, *only]
     if subprocess.run(command, cwd=ROOT).returncode:
         raise BuildError([f"runs/{name}:1: the run failed, see above; no outputs were taken"])
-    return ROOT / "runs" / name
+    return artifacts.runs() / name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
