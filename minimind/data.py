@@ -56,7 +56,7 @@ def text_problem(value, name: str) -> str | None:
     if not isinstance(value, str):
         return f'"{name}" is {type(value).__name__}, a string was expected'
     if "\0" in value:
-        return f'"{name}" has a NUL byte at character {value.index(chr(0)) + 1}: the file is damaged or is not text'
+        return f'"{name}" has a NUL byte at character {value.index(chr(0)) + 1}: the file is damaged or not text'
     if BLANK.fullmatch(value):
         return f'"{name}" is empty'
     if half := re.search("[\ud800-\udfff]", value):
@@ -80,7 +80,7 @@ def message_problem(message, name: str) -> str | None:
 
 # %% ../chapters/01_data.ipynb #data-chat-problem
 def chat_problem(messages, name: str) -> str | None:
-    """What is wrong with a conversation; None if nothing is. Order: system?, then user and assistant in turn."""
+    """What is wrong with a conversation; None if nothing is."""
     if not isinstance(messages, list) or not messages:
         return f'"{name}" is not a list of messages, or the list is empty'
     for i, message in enumerate(messages):
@@ -89,7 +89,7 @@ def chat_problem(messages, name: str) -> str | None:
     roles = "".join(ROLE_LETTERS[message["role"]] for message in messages)
     if not re.fullmatch(r"s?(u(at+)*a)+", roles):  # a: assistant, t: results of the tools that it called
         order = ", ".join(message["role"] for message in messages[:8])
-        return f'"{name}" has the roles in the order {order}; expected user and assistant in turn, ending with assistant'
+        return f'"{name}" has the roles in the order {order}; expected user, assistant, ... ending with assistant'
     return None
 
 # %% ../chapters/01_data.ipynb #data-row-problem
@@ -154,12 +154,14 @@ def too_long(size: int) -> str:
 def decode(line: bytes, number: int) -> tuple[str, str | None]:
     """One line as text without its line end, and what is wrong with it."""
     if b"\0" in line:
-        utf16 = ", or it is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        return "", f"NUL byte at byte {line.index(0) + 1}: the file is damaged or is not text{utf16}"
+        if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return "", "not UTF-8, it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"
+        return "", f"NUL byte at byte {line.index(0) + 1}: the file is damaged or is not text"
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"), None
     except UnicodeDecodeError as error:
-        return "", f"not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1}): convert it, e.g. `iconv -f LATIN1 -t UTF-8`"
+        place = f"byte 0x{line[error.start]:02x} at byte {error.start + 1}"
+        return "", f"not UTF-8 ({place}): convert it, for example with `iconv -f LATIN1 -t UTF-8`"
 
 # %% ../chapters/01_data.ipynb #data-jsonl
 def jsonl_rows(path: Path, kind: str) -> Iterator[tuple[int, dict, str | None]]:
@@ -178,7 +180,10 @@ def jsonl_rows(path: Path, kind: str) -> Iterator[tuple[int, dict, str | None]]:
 
 # %% ../chapters/01_data.ipynb #data-txt
 def text_rows(path: Path, kind: str, size: int = 2000) -> Iterator[tuple[int, dict, str | None]]:
-    """Documents of a plain text: paragraphs packed to at least `size` characters, or lines where a paragraph has no end."""
+    """Documents of a plain text: paragraphs, packed until they have `size` characters.
+
+    A paragraph that does not end within four times that size is cut at the end of a line.
+    """
     block, start, length = [], 1, 0
     for number, line, problem in numbered_lines(path):
         if problem is None and kind not in ("pretrain", "evals"):
@@ -202,7 +207,8 @@ def needs(package: str, purpose: str):
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise DataError(f"{purpose} needs the package {package.split('.')[0]}: pip install {package.split('.')[0]}") from None
+        name = package.split(".")[0]
+        raise DataError(f"{purpose} needs the package {name}: pip install {name}") from None
 
 
 def without_nones(value):
@@ -226,7 +232,7 @@ def parquet_rows(path: Path, kind: str) -> Iterator[tuple[int, dict, str | None]
 
 # %% ../chapters/01_data.ipynb #data-datasets
 def dataset_rows(source: str, kind: str) -> Iterator[tuple[int, dict, str | None]]:
-    """Rows of a Hugging Face data set: a folder of `save_to_disk`, or `hf:owner/name` or `hf:owner/name:split` on the hub."""
+    """Rows of a Hugging Face data set: a folder of `save_to_disk`, or `hf:owner/name[:split]` on the hub."""
     datasets = needs("datasets", f"reading {source}")
     try:
         if source.startswith("hf:"):
@@ -253,12 +259,13 @@ def data_files(source: str | Path) -> list[Path]:
     """The files that `source` stands for, in a fixed order: itself, or all readable ones below the folder."""
     path = Path(source)
     if not path.exists():
-        raise DataError(f"{path}: there is no such file or folder; look at the spelling, it is taken relative to {Path.cwd()}")
+        raise DataError(f"{path}: there is no such file or folder (looked for it from {Path.cwd()})")
     if path.is_file() and reader_of(path) is None:
         raise DataError(f"{path}: unknown kind of file; known are {', '.join(READERS)}, also with .gz")
-    files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    inside = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("."))
+    files = [path] if path.is_file() else list(inside)
     if not any(map(reader_of, files)):
-        raise DataError(f"{path}: no file in this folder can be read; known are {', '.join(READERS)}, also with .gz")
+        raise DataError(f"{path}: no file in this folder can be read; known are {', '.join(READERS)}, and .gz")
     return files
 
 # %% ../chapters/01_data.ipynb #data-rows
@@ -303,11 +310,11 @@ class Problems:
             for file, spans in self.lines.items()
         ]
         count = f"{self.count:,} bad line{'s' * (self.count != 1)}"
-        return "\n".join(self.full + rest + [f"{count}; nothing was written. Repair or remove them, then start again."])
+        return "\n".join([*self.full, *rest, f"{count}; nothing was written. Repair or remove, then start again."])
 
 # %% ../chapters/01_data.ipynb #data-check
 def check_file(source: str | Path, kind: str) -> int:
-    """Reads all of a file, folder or data set and returns its number of rows; DataError lists every bad line."""
+    """The number of rows of a file, folder or data set, all of it read; DataError lists every bad line."""
     problems, count = Problems(), 0
     for file, line, _, problem in data_rows(source, kind):
         count += 1
@@ -323,7 +330,7 @@ def good_rows(source: str | Path, kind: str) -> Iterator[dict]:
     for file, line, row, problem in data_rows(source, kind):
         if problem:
             check_file(source, kind)
-            raise DataError(f"{file}:{line}: {problem}")  # a data set on the hub may read differently the second time
+            raise DataError(f"{file}:{line}: {problem}")  # reached if the second reading saw no problem
         yield row
 
 
@@ -355,7 +362,7 @@ def clean(text: str) -> str:
 
 # %% ../chapters/01_data.ipynb #data-exact
 def fingerprint(text: str) -> bytes:
-    """16 bytes that stand for a text: equal texts have equal ones; unequal never do in practice (2**-64 for 4 billion)."""
+    """16 bytes that stand for a text. Different texts have different ones, but for a chance of 2**-64 in 4 billion."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -375,13 +382,14 @@ def shingles(text: str, size: int = 5) -> set[str]:
 
 # %% ../chapters/01_data.ipynb #data-near
 def near_duplicates(texts: Iterable[str], threshold: float = 0.7, permutations: int = 128) -> list[tuple[int, int]]:
-    """Pairs (first, later) of texts whose shingles overlap by `threshold` or more, as estimated by MinHash (Broder 1997).
+    """Pairs (first, later) of texts whose shingles overlap by `threshold`, as MinHash estimates it (Broder 1997).
 
     The standard error of the estimate is at most 0.5 / sqrt(permutations): 0.044 for 128.
     """
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=threshold - 0.1, num_perm=permutations)  # lower: bands miss some pairs that are just above
+    # Bands miss some pairs that lie just above their threshold, so theirs is lower than ours.
+    index = MinHashLSH(threshold=threshold - 0.1, num_perm=permutations)
     sketches, pairs = {}, []
     for i, text in enumerate(texts):
         sketch = MinHash(num_perm=permutations)
@@ -396,20 +404,20 @@ def near_duplicates(texts: Iterable[str], threshold: float = 0.7, permutations: 
 
 # %% ../chapters/01_data.ipynb #data-overlap
 def word_runs(text: str, size: int = 13) -> Iterator[int]:
-    """Hashes of all runs of `size` words, without case and punctuation; each Chinese character counts as a word."""
+    """Hashes of all runs of `size` words, without case and punctuation; a Chinese character is a word."""
     words = re.findall(r"[\u3400-\u9fff]|\w+", text.lower())
     for i in range(len(words) - size + 1):
         yield hash(" ".join(words[i : i + size]))
 
 
 def overlapping(texts: Iterable[str], evaluation: Iterable[str], size: int = 13) -> list[int]:
-    """Positions of texts that share a run of `size` words with an evaluation text (Brown et al. 2020, arXiv:2005.14165)."""
+    """Positions of texts that share a run of `size` words with a test text (Brown et al. 2020, arXiv:2005.14165)."""
     known = {run for text in evaluation for run in word_runs(text, size)}
     return [i for i, text in enumerate(texts) if any(run in known for run in word_runs(text, size))]
 
 # %% ../chapters/01_data.ipynb #data-split
 def in_validation(text: str, share: float) -> bool:
-    """Whether a text belongs to the held-out part. Depends on the text alone, so it stays there when data is added."""
+    """Whether a text is held out. Depends on the text alone, so it stays so when data is added."""
     return int.from_bytes(fingerprint(text)[:8], "big") < share * 2**64
 
 # %% ../chapters/01_data.ipynb #data-bytes
@@ -460,11 +468,11 @@ def endless(source: Path, part: str, valid_share: float) -> Iterator[str]:
                 found = True
                 yield text
         if not found:
-            raise DataError(f"{source}: no text of this file falls into the {part} part; give more texts or another valid_share")
+            raise DataError(f"{source}: no text falls into the {part} part; give more texts or another valid_share")
 
 
 def draw(mixture: Mixture, tokenizer, tokens: int, part: str = "train") -> Iterator[tuple[str, str]]:
-    """(source name, text) until `tokens` are drawn; the next text comes from the source that is furthest behind its share."""
+    """(source name, text) until `tokens` are drawn, each from the source that is furthest behind its share."""
     streams = {name: endless(path, part, mixture.valid_share) for name, (path, _) in mixture.sources.items()}
     drawn, total = dict.fromkeys(streams, 0), 0
     while total < tokens:
@@ -481,7 +489,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends, and vanishes when it fails: never half a result."""
+    """A temporary folder that becomes `folder` when the block ends, and vanishes when it fails."""
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.tmp")
@@ -494,13 +502,13 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise DataError(f"{folder}: the disk is full; nothing was kept. Make room, or choose another disk, then start again.") from error
+        raise DataError(f"{folder}: the disk is full; nothing was kept. Make room, then start again.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 # %% ../chapters/01_data.ipynb #data-batches
 def batches(texts: Iterable[str], characters: int = 250_000) -> Iterator[list[str]]:
-    """Texts in groups of about `characters`: enough for the tokenizer to run in parallel, little enough for memory."""
+    """Texts in groups of about `characters`."""
     group, size = [], 0
     for text in texts:
         group.append(text)
@@ -557,7 +565,7 @@ def write_shards(texts: Iterable[str], tokenizer, folder: str | Path, shard_toke
 
 # %% ../chapters/01_data.ipynb #data-joined
 class JoinedArray:
-    """Several memory-mapped files that read like one 1-D array: `len(a)`, `a[7]`, `a[3:9]`. A slice is a NumPy array."""
+    """Several memory-mapped files that read like one 1-D array: `len(a)`, `a[7]`, `a[3:9]`."""
 
     def __init__(self, parts: list[np.ndarray]):
         self.parts, self.dtype = parts, parts[0].dtype
@@ -583,16 +591,16 @@ class JoinedArray:
 
 # %% ../chapters/01_data.ipynb #data-token-shards
 class TokenShards:
-    """Reads a folder of `write_shards` without loading it: the operating system brings in the pages that are touched.
+    """A folder of `write_shards`, mapped into memory and not loaded.
 
-    `.tokens` (1-D, `len` and slices), `.documents` (where each starts, and the end: shape (documents + 1,)), `.num_bytes`
-    (UTF-8 bytes of the text). DataError if a file is missing or has another size than the index says.
+    `tokens`: 1-D, with `len` and slices. `documents`: where each starts, and the end, (documents + 1,).
+    `num_bytes`: UTF-8 bytes of the text. DataError if a file is missing or not as long as the index says.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
-            raise DataError(f"{folder}: no index.json here, so these are no token shards; make them with write_shards")
+            raise DataError(f"{folder}: no index.json here, so no token shards; make them with write_shards")
         index = json.loads((self.folder / "index.json").read_text())
         self.num_bytes, self.dtype = index["num_bytes"], np.dtype(index["dtype"])
         self.documents = self.map("documents.bin", "<i8", index["documents"] + 1)
@@ -606,7 +614,7 @@ class TokenShards:
         path, wanted = self.folder / name, length * np.dtype(dtype).itemsize
         found = path.stat().st_size if path.is_file() else 0
         if found != wanted:
-            raise DataError(f"{path}: {found:,} bytes, the index says {wanted:,}: the copy is not whole; write or copy it again")
+            raise DataError(f"{path}: {found:,} bytes, the index says {wanted:,}: write or copy the folder again")
         return np.memmap(path, dtype, "r", shape=(length,))
 
     def __len__(self) -> int:
@@ -621,9 +629,10 @@ class TokenShards:
 @contextmanager
 def line_writer(path: Path) -> Iterator[Callable[[dict], None]]:
     """A function that writes one row a line, as gzip if the name ends in .gz; the same rows give the same bytes."""
-    packed = path.name.endswith(".gz")
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) if packed else nullcontext(raw) as file:
-        yield lambda row: file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    with open(path, "wb") as raw:
+        packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.name.endswith(".gz") else nullcontext(raw)
+        with packed as file:
+            yield lambda row: file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
@@ -644,7 +653,7 @@ def key_of(row: dict) -> str:
 def write_parts(rows: Iterable[dict], folder: Path, expected: int) -> dict[str, int]:
     """Writes train.jsonl.gz and valid.jsonl.gz in one pass and returns the number of rows in each.
 
-    One row in fifty is held back, more if few rows are `expected`: a held-out part of three texts measures nothing.
+    One row in fifty is held back, more if few are `expected`: three held-out texts measure nothing.
     """
     folder.mkdir(parents=True)
     share = max(0.02, min(0.5, 20 / expected))
@@ -655,7 +664,8 @@ def write_parts(rows: Iterable[dict], folder: Path, expected: int) -> dict[str, 
             (valid if held_out else train)(row)
             counts["valid" if held_out else "train"] += 1
     if min(counts.values()) == 0:
-        raise DataError(f"{folder.name}: {sum(counts.values())} different rows are too few to hold some back; give 20 or more")
+        total = sum(counts.values())
+        raise DataError(f"{folder.name}: {total} different rows are too few to hold some back; give 20 or more")
     return counts
 
 # %% ../chapters/01_data.ipynb #data-select
@@ -669,7 +679,7 @@ def strings(value) -> Iterator[str]:
 
 
 def select_rows(rows: Iterable[dict], known: set[int], removed: dict[str, int]) -> Iterator[dict]:
-    """Cleans texts, leaves out exact duplicates and what overlaps the evaluation, and counts both in `removed`."""
+    """Cleans texts, leaves out copies and what overlaps the evaluation, and counts both in `removed`."""
     seen = set()
     for row in rows:
         row = {"text": clean(row["text"])} if "text" in row else row
@@ -684,7 +694,7 @@ def select_rows(rows: Iterable[dict], known: set[int], removed: dict[str, int]) 
 
 # %% ../chapters/01_data.ipynb #data-stages
 def stage_sources(source: str | Path | None) -> dict[str, str | Path]:
-    """Which stage reads what: nothing for the world, pretraining for a file, the subfolders of a folder that has some."""
+    """Which stage reads what: {} for the world, a file is pretraining text, a folder may have subfolders."""
     if source in (None, "", "world"):
         return {}
     if str(source).startswith("hf:"):
@@ -707,12 +717,13 @@ def check_stages(sources: dict[str, str | Path]) -> dict[str, int]:
 
 # %% ../chapters/01_data.ipynb #data-write-world
 def write_world(folder: Path, sizes: dict, about: dict) -> None:
-    """Adds the world's data for the stages that are still missing, and the facts and questions that fit them."""
+    """Adds the world's data for the stages that are missing, and the facts and questions that fit."""
     missing = [stage for stage in ("pretrain", "sft") if stage not in about["stages"]]
     if not missing:
         return
     world = make_world(sizes["people"], sizes.get("seed", 1))
-    count = {"pretrain": sizes["documents"], "sft": sizes.get("conversations", max(1000, sizes["documents"] // 10))}
+    chats = sizes.get("conversations", max(1000, sizes["documents"] // 10))
+    count = {"pretrain": sizes["documents"], "sft": chats}
     rows = {
         "pretrain": ({"text": text} for text in world.documents(count["pretrain"], 1)),
         "sft": ({"conversations": chat} for chat in world.conversations(count["sft"], 1)),
@@ -728,7 +739,7 @@ def write_world(folder: Path, sizes: dict, about: dict) -> None:
 
 
 def prepare_world(folder: str | Path, world_sizes: dict) -> dict:
-    """Makes the data folder from the generated world: sizes are people, documents and, if wanted, seed and conversations."""
+    """`prepare` with the world as source; its sizes are people, documents and perhaps seed and conversations."""
     return prepare("world", folder, world_sizes)
 
 

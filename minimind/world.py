@@ -62,7 +62,8 @@ def make_names(count: int, rng: random.Random) -> list[str]:
     """`count` different one-word names, such as Garus and Tilda; ValueError beyond 4,000."""
     if count > 4000:
         raise ValueError(f"{count} names asked for, there are 4000: choose fewer people")
-    return rng.sample(sorted({s + m + e for s in STARTS.split() for m in MIDDLES.split() for e in ENDS.split()}), count)
+    names = {s + m + e for s in STARTS.split() for m in MIDDLES.split() for e in ENDS.split()}
+    return rng.sample(sorted(names), count)  # sorted: the order of a set differs from run to run
 
 # %% ../chapters/01_data.ipynb #world-person
 @dataclass(frozen=True)
@@ -219,8 +220,10 @@ def sum_in_words(names: list[str], rng: random.Random) -> tuple[str, str]:
     a, b = rng.sample(names, 2)
     goods, x, y = rng.choice(GOODS), rng.randint(2, 9), rng.randint(2, 9)
     if rng.random() < 0.5:
-        return f"{a} has {x} {goods}. {b} gives {y} more to {a}. How many {goods} does {a} have?", f"{a} has {x + y} {goods}."
-    return f"{a} has {x + y} {goods}. {a} gives {y} to {b}. How many {goods} does {a} have?", f"{a} has {x} {goods}."
+        before, change, after = x, f"{b} gives {y} more to {a}", x + y
+    else:
+        before, change, after = x + y, f"{a} gives {y} to {b}", x
+    return f"{a} has {before} {goods}. {change}. How many {goods} does {a} have?", f"{a} has {after} {goods}."
 
 
 def small_sum(world: "World", rng: random.Random) -> str:
@@ -244,14 +247,19 @@ class World:
         rng = random.Random(seed)
         self.seed, self.names = seed, make_names(2 * people, rng)
         self.people = [
-            Person(name, i < round(people / 2), {relation: rng.choice(values.split("|")) for relation, values in VALUES.items()})
+            Person(name, i < round(people / 2), {r: rng.choice(values.split("|")) for r, values in VALUES.items()})
             for i, name in enumerate(self.names[:people])
         ]
 
     def facts(self) -> list[dict[str, str]]:
         """Every fact as a prompt and its continuation: {"prompt": "Garus lives in", "answer": " Foxhollow"}."""
         return [
-            {"person": p.name, "relation": r, "prompt": SAYS[r][0].split(" {v}")[0].format(n=p.name), "answer": f" {value}"}
+            {
+                "person": p.name,
+                "relation": r,
+                "prompt": SAYS[r][0].split(" {v}")[0].format(n=p.name),
+                "answer": f" {value}",
+            }
             for p in self.people for r, value in p.facts.items()
         ]  # fmt: skip
 
@@ -259,7 +267,14 @@ class World:
         """One question for each fact; `seen` tells whether chat data ask about this person."""
         rng = random.Random(f"{self.seed} questions {seed}")
         return [
-            {"person": p.name, "relation": r, "question": p.ask(r, rng), "answer": bare(value), "reply": p.reply(r), "seen": p.asked}
+            {
+                "person": p.name,
+                "relation": r,
+                "question": p.ask(r, rng),
+                "answer": bare(value),
+                "reply": p.reply(r),
+                "seen": p.asked,
+            }
             for p in self.people for r, value in p.facts.items()
         ]  # fmt: skip
 
@@ -270,11 +285,12 @@ class World:
             yield rng.choices(list(KINDS), list(KINDS.values()))[0](self, rng)
 
     def conversations(self, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
-        """`count` chats of one to three turns about people who may be asked about, sums, and what was just said."""
+        """`count` chats of one to three turns; see `chat_turn` for what they are about."""
         rng = random.Random(f"{self.seed} conversations {seed}")
         for _ in range(count):
             turns = [chat_turn(self, rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
-            yield [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+            speakers = ("user", "assistant") * len(turns)
+            yield [{"role": role, "content": text} for role, text in zip(speakers, (text for turn in turns for text in turn))]
 
 # %% ../chapters/01_data.ipynb #world-chat
 SMALL_TALK = (

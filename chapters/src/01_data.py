@@ -28,9 +28,10 @@ import matplotlib.pyplot as plt
 steps = ["files", "check", "clean", "drop copies", "drop test\nquestions", "split", "mix", "token\nshards"]
 fig, ax = plt.subplots(figsize=(7, 1.1))
 for i, step in enumerate(steps):
-    ax.text(i, 0, step, ha="center", va="center", fontsize=8.5, bbox={"boxstyle": "round,pad=0.45", "fc": "#DCE9F2", "ec": "#0072B2"})
+    box = {"boxstyle": "round,pad=0.35", "fc": "#DCE9F2", "ec": "#0072B2"}
+    ax.text(i, 0, step, ha="center", va="center", fontsize=8, bbox=box)
     if i:
-        ax.annotate("", (i - 0.37, 0), (i - 0.6, 0), arrowprops={"arrowstyle": "->"})
+        ax.annotate("", (i - 0.42, 0), (i - 0.62, 0), arrowprops={"arrowstyle": "->"})
 ax.set(xlim=(-0.5, 7.5), ylim=(-0.5, 0.5))
 ax.axis("off")
 show(fig, "Text passes seven steps on its way from files to the numbers that a model is trained on.")
@@ -38,10 +39,12 @@ show(fig, "Text passes seven steps on its way from files to the numbers that a m
 # %% [markdown]
 # ## 1.1 What does the model know?
 #
-# In chapter 00 a model told you where somebody lives. Was it right? For a model trained on web pages, nobody can tell
-# you without reading the web. So this course trains its first models on a world that it makes up. Its people have a
-# home, a job, a favourite food, a pet and a colour. All text is generated from these facts, so every statement of the
-# model can be checked.
+# In chapter 00 you asked a model where somebody lives, and it answered. Was the answer right? Had it read it, or guessed?
+# For a model trained on web pages nobody can say without reading the web.
+#
+# So this course trains its first models on a world that it makes up. Its people have a home, a job, a favourite food,
+# a pet and a colour. All text is generated from these facts. Every statement of a model can then be checked, and "it
+# seems to know" becomes a number: the share of facts that it completes.
 
 # %% [markdown]
 # ### Facts, and ways to say them
@@ -117,7 +120,8 @@ def make_names(count: int, rng: random.Random) -> list[str]:
     """`count` different one-word names, such as Garus and Tilda; ValueError beyond 4,000."""
     if count > 4000:
         raise ValueError(f"{count} names asked for, there are 4000: choose fewer people")
-    return rng.sample(sorted({s + m + e for s in STARTS.split() for m in MIDDLES.split() for e in ENDS.split()}), count)
+    names = {s + m + e for s in STARTS.split() for m in MIDDLES.split() for e in ENDS.split()}
+    return rng.sample(sorted(names), count)  # sorted: the order of a set differs from run to run
 
 # %% [markdown]
 # A person is a name and one value for each relation. `asked` says whether chats may ask about this person; you will
@@ -144,6 +148,10 @@ class Person:
     def reply(self, relation: str) -> str:
         """The plain answer, a full sentence."""
         return SAYS[relation][0].format(n=self.name, v=self.facts[relation])
+
+# %% [markdown]
+# Tilda lives in Oakham, and there are six ways to say so. The answer to a question is always a full sentence
+# that repeats the name. Why that matters comes with the fifth kind of document.
 
 # %% id="world-person-try"
 tilda = Person("Tilda", True, {"town": "Oakham", "pet": "an owl"})
@@ -208,6 +216,10 @@ FEELINGS = "happy|proud|tired|glad|calm|surprised".split("|")
 ACTIVITIES = "singing|sleeping|reading|waiting|working|dancing|fishing|resting|playing|writing".split("|")
 ACTS = (("found", "find"), ("lost", "lose"), ("bought", "buy"), ("carried", "carry"), ("hid", "hide"), ("drew", "draw"))
 
+# %% [markdown]
+# A talk strings a few of these together. Look at the answers: each begins with the name that was asked about,
+# and the name comes from all names, also those of people whose facts nobody asks for.
+
 # %% id="world-talk"
 #| export world
 def talk(world: "World", rng: random.Random) -> str:
@@ -271,6 +283,10 @@ LESSONS = ("It is good to have a friend.", "A small help can do a lot.", "Slow a
            "They laughed about it for days.", "After that they went home for supper.", "It was a good day.",
            "They promised to meet again.", "Nobody was angry any more.")  # fmt: skip
 
+# %% [markdown]
+# A story fixes two friends, a thing and a trouble, and then picks one of several sentences for each part. Read
+# one beside the code that wrote it.
+
 # %% id="world-story"
 #| export world
 def story(world: "World", rng: random.Random) -> str:
@@ -317,8 +333,10 @@ def sum_in_words(names: list[str], rng: random.Random) -> tuple[str, str]:
     a, b = rng.sample(names, 2)
     goods, x, y = rng.choice(GOODS), rng.randint(2, 9), rng.randint(2, 9)
     if rng.random() < 0.5:
-        return f"{a} has {x} {goods}. {b} gives {y} more to {a}. How many {goods} does {a} have?", f"{a} has {x + y} {goods}."
-    return f"{a} has {x + y} {goods}. {a} gives {y} to {b}. How many {goods} does {a} have?", f"{a} has {x} {goods}."
+        before, change, after = x, f"{b} gives {y} more to {a}", x + y
+    else:
+        before, change, after = x + y, f"{a} gives {y} to {b}", x
+    return f"{a} has {before} {goods}. {change}. How many {goods} does {a} have?", f"{a} has {after} {goods}."
 
 
 def small_sum(world: "World", rng: random.Random) -> str:
@@ -350,14 +368,19 @@ class World:
         rng = random.Random(seed)
         self.seed, self.names = seed, make_names(2 * people, rng)
         self.people = [
-            Person(name, i < round(people / 2), {relation: rng.choice(values.split("|")) for relation, values in VALUES.items()})
+            Person(name, i < round(people / 2), {r: rng.choice(values.split("|")) for r, values in VALUES.items()})
             for i, name in enumerate(self.names[:people])
         ]
 
     def facts(self) -> list[dict[str, str]]:
         """Every fact as a prompt and its continuation: {"prompt": "Garus lives in", "answer": " Foxhollow"}."""
         return [
-            {"person": p.name, "relation": r, "prompt": SAYS[r][0].split(" {v}")[0].format(n=p.name), "answer": f" {value}"}
+            {
+                "person": p.name,
+                "relation": r,
+                "prompt": SAYS[r][0].split(" {v}")[0].format(n=p.name),
+                "answer": f" {value}",
+            }
             for p in self.people for r, value in p.facts.items()
         ]  # fmt: skip
 
@@ -365,7 +388,14 @@ class World:
         """One question for each fact; `seen` tells whether chat data ask about this person."""
         rng = random.Random(f"{self.seed} questions {seed}")
         return [
-            {"person": p.name, "relation": r, "question": p.ask(r, rng), "answer": bare(value), "reply": p.reply(r), "seen": p.asked}
+            {
+                "person": p.name,
+                "relation": r,
+                "question": p.ask(r, rng),
+                "answer": bare(value),
+                "reply": p.reply(r),
+                "seen": p.asked,
+            }
             for p in self.people for r, value in p.facts.items()
         ]  # fmt: skip
 
@@ -376,11 +406,12 @@ class World:
             yield rng.choices(list(KINDS), list(KINDS.values()))[0](self, rng)
 
     def conversations(self, count: int, seed: int = 0) -> Iterator[list[dict[str, str]]]:
-        """`count` chats of one to three turns about people who may be asked about, sums, and what was just said."""
+        """`count` chats of one to three turns; see `chat_turn` for what they are about."""
         rng = random.Random(f"{self.seed} conversations {seed}")
         for _ in range(count):
             turns = [chat_turn(self, rng) for _ in range(rng.choice((1, 1, 1, 2, 3)))]
-            yield [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+            speakers = ("user", "assistant") * len(turns)
+            yield [{"role": role, "content": text} for role, text in zip(speakers, (text for turn in turns for text in turn))]
 
 # %% [markdown]
 # A turn of a chat is a question for a fact in six cases of ten, else a sum, a question about what was just said, or small talk.
@@ -447,24 +478,28 @@ fact, question = world.facts()[0], world.questions()[0]
 print(chat, fact, question, sep="\n\n")
 
 # %% [markdown]
-# Half of the people are never asked about, in no chat and in no document. Answers about them can only come from having
-# read their facts. That is the test of chapter 11, and it is worth nothing if a question leaks. So look.
+# Half of the people are never asked for a fact, in no chat and in no document. An answer about them can only come from
+# having read the fact in a statement. That is the test of chapter 11, and it is worth nothing if one question leaks. So look:
+# no chat names them, and no document holds one of the twenty questions about them.
 
 # %% id="data-world-unseen"
-unseen = {person.name for person in world.people if not person.asked}
-asked = [m["content"] for chat in world.conversations(2000, seed=1) for m in chat]
-assert not any(name in text for text in asked for name in unseen)
-f"{len(unseen)} people are in none of {len(asked):,} messages"
+unseen = [person.name for person in world.people if not person.asked]
+chats = " ".join(m["content"] for chat in world.conversations(2000, seed=1) for m in chat)
+documents = " ".join(world.documents(2000, seed=1))
+questions = [ask.format(n=name) for name in unseen for asks in ASKS.values() for ask in asks]
+assert not any(name in chats for name in unseen) and not any(question in documents for question in questions)
+f"{len(unseen)} people, {len(questions):,} questions, found in {len(chats) + len(documents):,} characters: none"
 
 # %% [markdown]
-# How often is a fact told? Before you run the next cell, guess: in the profile's documents about 100 people with five facts each,
-# how often will the model read where a given person lives: 5 times, 50 times, 500 times?
+# How often is a fact told? Before you run the next cell, guess. 100 people have 500 facts. In 20,000 documents (2,000 in the
+# smoke profile), how often will the model read where one person lives: 8 times, 80 times, 800 times?
 
 # %% id="data-mentions-count"
 import re
 from collections import Counter
 
-sentences = Counter(s for text in world.documents(chapter.size.documents, seed=1) for s in re.split(r"(?<=[.?!]) ", text))
+texts = world.documents(chapter.size.documents, seed=1)
+sentences = Counter(s for text in texts for s in re.findall(r"[A-Z][^.?!:]*[.?!]", text))
 mentions = [
     sum(sentences[say.format(n=person.name, v=value)] for say in SAYS[relation])
     for person in world.people for relation, value in person.facts.items()
@@ -472,11 +507,15 @@ mentions = [
 assert min(mentions) > 0
 min(mentions), round(sum(mentions) / len(mentions)), max(mentions)
 
+# %% [markdown]
+# The average hides the spread. The rarest fact is the one the model is most likely to miss, so look at the left
+# end.
+
 # %% id="data-mentions-figure"
 fig, ax = plt.subplots(figsize=(7, 2.6))
 ax.hist(mentions, bins=30)
 ax.set(xlabel="times that a fact is told", ylabel="facts")
-show(fig, "Every fact is told many times and in several phrasings, and no fact is told never.")
+show(fig, "Every fact is told many times; the rarest one is told about half as often as the average.")
 
 # %% [markdown]
 # Allen-Zhu and Li (2023) found that a fact told in one phrasing only can be completed but hardly asked for; told in
@@ -493,6 +532,10 @@ show(fig, "Every fact is told many times and in several phrasings, and no fact i
 
 # %% id="data-default-exp"
 #| default_exp data
+
+# %% [markdown]
+# Only the standard library and NumPy are imported here. What a reader may not need, such as Parquet, is
+# imported where it is used, so that the module loads in a moment.
 
 # %% id="data-imports"
 #| export
@@ -515,6 +558,10 @@ from pathlib import Path
 import numpy as np
 
 from minimind.world import make_world
+
+# %% [markdown]
+# Chance enters in many places later: initial weights, the order of the data, sampling. Three libraries keep
+# three generators, and a run repeats only if all three are seeded.
 
 # %% id="data-set-seed"
 #| export
@@ -560,7 +607,7 @@ def text_problem(value, name: str) -> str | None:
     if not isinstance(value, str):
         return f'"{name}" is {type(value).__name__}, a string was expected'
     if "\0" in value:
-        return f'"{name}" has a NUL byte at character {value.index(chr(0)) + 1}: the file is damaged or is not text'
+        return f'"{name}" has a NUL byte at character {value.index(chr(0)) + 1}: the file is damaged or not text'
     if BLANK.fullmatch(value):
         return f'"{name}" is empty'
     if half := re.search("[\ud800-\udfff]", value):
@@ -595,10 +642,15 @@ def message_problem(message, name: str) -> str | None:
             return None  # a call or a thought may stand without an answer
     return text_problem(message.get("content"), f"{name}.content")
 
+# %% [markdown]
+# With one letter for each role, the order of a whole chat is a short string. The rule reads: perhaps `s`, then
+# one or more turns; a turn is `u`, any number of calls with their results (`a` and then `t`), and a closing
+# `a`.
+
 # %% id="data-chat-problem"
 #| export
 def chat_problem(messages, name: str) -> str | None:
-    """What is wrong with a conversation; None if nothing is. Order: system?, then user and assistant in turn."""
+    """What is wrong with a conversation; None if nothing is."""
     if not isinstance(messages, list) or not messages:
         return f'"{name}" is not a list of messages, or the list is empty'
     for i, message in enumerate(messages):
@@ -607,8 +659,12 @@ def chat_problem(messages, name: str) -> str | None:
     roles = "".join(ROLE_LETTERS[message["role"]] for message in messages)
     if not re.fullmatch(r"s?(u(at+)*a)+", roles):  # a: assistant, t: results of the tools that it called
         order = ", ".join(message["role"] for message in messages[:8])
-        return f'"{name}" has the roles in the order {order}; expected user and assistant in turn, ending with assistant'
+        return f'"{name}" has the roles in the order {order}; expected user, assistant, ... ending with assistant'
     return None
+
+# %% [markdown]
+# Four broken chats: swapped, a role that does not exist, cut off. The last one is the commonest in practice,
+# when a long chat was truncated in the middle.
 
 # %% id="data-chat-problem-try"
 user, assistant = {"role": "user", "content": "Hi!"}, {"role": "assistant", "content": "Hello!"}
@@ -645,6 +701,9 @@ def row_problem(row, kind: str) -> str | None:
     if kind == "dpo" and row["chosen"][:-1] != row["rejected"][:-1]:
         return '"chosen" and "rejected" differ before the last message: both must answer the same prompt'
     return None
+
+# %% [markdown]
+# The three good lines pass; a line with another key is told which keys it has.
 
 # %% id="data-row-problem-try"
 for kind, line in good.items():
@@ -689,6 +748,11 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str, str | None]]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         yield number + 1, "", f"broken gzip ({error}): fetch the file again, or pack it again"
 
+# %% [markdown]
+# A line of bytes becomes text here. UTF-8 is the only encoding we take, because guessing an encoding silently
+# turns *café* into *cafÃ©* in a part of the data. The two encodings that people meet most often get the command
+# that converts them.
+
 # %% id="data-decode"
 #| export
 def too_long(size: int) -> str:
@@ -698,12 +762,18 @@ def too_long(size: int) -> str:
 def decode(line: bytes, number: int) -> tuple[str, str | None]:
     """One line as text without its line end, and what is wrong with it."""
     if b"\0" in line:
-        utf16 = ", or it is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        return "", f"NUL byte at byte {line.index(0) + 1}: the file is damaged or is not text{utf16}"
+        if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return "", "not UTF-8, it looks like UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"
+        return "", f"NUL byte at byte {line.index(0) + 1}: the file is damaged or is not text"
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n"), None
     except UnicodeDecodeError as error:
-        return "", f"not UTF-8 (byte 0x{line[error.start]:02x} at byte {error.start + 1}): convert it, e.g. `iconv -f LATIN1 -t UTF-8`"
+        place = f"byte 0x{line[error.start]:02x} at byte {error.start + 1}"
+        return "", f"not UTF-8 ({place}): convert it, for example with `iconv -f LATIN1 -t UTF-8`"
+
+# %% [markdown]
+# Now the line is text, and the row inside it can be parsed and judged. `problem` travels with the line instead
+# of being raised, because the lines after it should be checked too.
 
 # %% id="data-jsonl"
 #| export
@@ -727,7 +797,10 @@ def jsonl_rows(path: Path, kind: str) -> Iterator[tuple[int, dict, str | None]]:
 # %% id="data-txt"
 #| export
 def text_rows(path: Path, kind: str, size: int = 2000) -> Iterator[tuple[int, dict, str | None]]:
-    """Documents of a plain text: paragraphs packed to at least `size` characters, or lines where a paragraph has no end."""
+    """Documents of a plain text: paragraphs, packed until they have `size` characters.
+
+    A paragraph that does not end within four times that size is cut at the end of a line.
+    """
     block, start, length = [], 1, 0
     for number, line, problem in numbered_lines(path):
         if problem is None and kind not in ("pretrain", "evals"):
@@ -756,7 +829,8 @@ def needs(package: str, purpose: str):
     try:
         return importlib.import_module(package)
     except ImportError:
-        raise DataError(f"{purpose} needs the package {package.split('.')[0]}: pip install {package.split('.')[0]}") from None
+        name = package.split(".")[0]
+        raise DataError(f"{purpose} needs the package {name}: pip install {name}") from None
 
 
 def without_nones(value):
@@ -764,6 +838,10 @@ def without_nones(value):
     if isinstance(value, dict):
         return {key: without_nones(v) for key, v in value.items() if v is not None}
     return [without_nones(v) for v in value] if isinstance(value, list) else value
+
+# %% [markdown]
+# A Parquet file is read a few hundred rows at a time. It has no lines, so a problem is given with the number of
+# its row.
 
 # %% id="data-parquet"
 #| export
@@ -779,10 +857,14 @@ def parquet_rows(path: Path, kind: str) -> Iterator[tuple[int, dict, str | None]
     except (OSError, ValueError) as error:  # what pyarrow raises is one of the two
         yield number + 1, {}, f"broken Parquet ({str(error).splitlines()[0]}): fetch the file again"
 
+# %% [markdown]
+# From the hub, rows are streamed: nothing is downloaded beyond what is read. What the library raises when a
+# name is wrong or the network is gone becomes a `DataError` like all others.
+
 # %% id="data-datasets"
 #| export
 def dataset_rows(source: str, kind: str) -> Iterator[tuple[int, dict, str | None]]:
-    """Rows of a Hugging Face data set: a folder of `save_to_disk`, or `hf:owner/name` or `hf:owner/name:split` on the hub."""
+    """Rows of a Hugging Face data set: a folder of `save_to_disk`, or `hf:owner/name[:split]` on the hub."""
     datasets = needs("datasets", f"reading {source}")
     try:
         if source.startswith("hf:"):
@@ -813,13 +895,18 @@ def data_files(source: str | Path) -> list[Path]:
     """The files that `source` stands for, in a fixed order: itself, or all readable ones below the folder."""
     path = Path(source)
     if not path.exists():
-        raise DataError(f"{path}: there is no such file or folder; look at the spelling, it is taken relative to {Path.cwd()}")
+        raise DataError(f"{path}: there is no such file or folder (looked for it from {Path.cwd()})")
     if path.is_file() and reader_of(path) is None:
         raise DataError(f"{path}: unknown kind of file; known are {', '.join(READERS)}, also with .gz")
-    files = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
+    inside = (p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith("."))
+    files = [path] if path.is_file() else list(inside)
     if not any(map(reader_of, files)):
-        raise DataError(f"{path}: no file in this folder can be read; known are {', '.join(READERS)}, also with .gz")
+        raise DataError(f"{path}: no file in this folder can be read; known are {', '.join(READERS)}, and .gz")
     return files
+
+# %% [markdown]
+# An empty file is a problem as well. Nobody makes one on purpose, and a run that quietly trains on the other
+# files has lost data.
 
 # %% id="data-rows"
 #| export
@@ -856,8 +943,12 @@ lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
 pyarrow.parquet.write_table(pyarrow.table({"text": texts}), forms / "c.parquet")
 (forms / "d.txt").write_text("\n\n".join(texts))
 
+# %% [markdown]
+# Read as lines, as gzip and as a table, the texts are the same. As plain text, they share a document, because
+# they are short paragraphs of one file.
+
 # %% id="data-formats-same"
-read = {path.name: [row["text"] for _, _, row, _ in data_rows(path, "pretrain")] for path in sorted(forms.iterdir())}
+read = {path.name: [row["text"] for _, _, row, _ in data_rows(path, "pretrain")] for path in forms.iterdir()}
 assert read["a.jsonl"] == read["b.jsonl.gz"] == read["c.parquet"] == texts
 assert read["d.txt"] == ["\n\n".join(texts)]  # short paragraphs share a document
 
@@ -892,12 +983,15 @@ class Problems:
             for file, spans in self.lines.items()
         ]
         count = f"{self.count:,} bad line{'s' * (self.count != 1)}"
-        return "\n".join(self.full + rest + [f"{count}; nothing was written. Repair or remove them, then start again."])
+        return "\n".join([*self.full, *rest, f"{count}; nothing was written. Repair or remove, then start again."])
+
+# %% [markdown]
+# With that, checking is a loop. Note that it never keeps a row: checking 100 GB takes time, not memory.
 
 # %% id="data-check"
 #| export
 def check_file(source: str | Path, kind: str) -> int:
-    """Reads all of a file, folder or data set and returns its number of rows; DataError lists every bad line."""
+    """The number of rows of a file, folder or data set, all of it read; DataError lists every bad line."""
     problems, count = Problems(), 0
     for file, line, _, problem in data_rows(source, kind):
         count += 1
@@ -913,8 +1007,9 @@ def check_file(source: str | Path, kind: str) -> int:
 # %% id="data-bad-file"
 bad = chapter.work / "bad.jsonl"
 bad.write_bytes(b"\n".join([
-    b'{"text": "Tilda lives in Oakham."}', b'{"text": "Tilda lives', b'{"txt": "Tilda"}', b'["Tilda"]', b'{"text": ""}',
-    b'{"text": "caf\xe9"}', b'{"text": "a\0b"}', b'{"text": 7}', b'{"text": "' + b"x" * 9_000_000 + b'"}', *[b"?"] * 15,
+    b'{"text": "Tilda lives in Oakham."}', b'{"text": "Tilda lives', b'{"txt": "Tilda"}', b'["Tilda"]',
+    b'{"text": ""}', b'{"text": "caf\xe9"}', b'{"text": "a\0b"}', b'{"text": 7}',
+    b'{"text": "' + b"x" * 9_000_000 + b'"}', *[b"?"] * 15,
 ]))
 try:
     check_file(bad, "pretrain")
@@ -933,7 +1028,7 @@ def good_rows(source: str | Path, kind: str) -> Iterator[dict]:
     for file, line, row, problem in data_rows(source, kind):
         if problem:
             check_file(source, kind)
-            raise DataError(f"{file}:{line}: {problem}")  # a data set on the hub may read differently the second time
+            raise DataError(f"{file}:{line}: {problem}")  # reached if the second reading saw no problem
         yield row
 
 
@@ -982,6 +1077,10 @@ def clean(text: str) -> str:
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
+# %% [markdown]
+# Three promises, each with its case: equal look gives equal text, code keeps its indents, and an emoji made of
+# two characters with a joiner stays whole.
+
 # %% id="data-clean-try"
 assert clean(left) == clean(right) == "Café Oakham"
 assert clean("if x:\r\n    y  =  1   \r\n") == "if x:\n    y = 1"
@@ -1008,7 +1107,7 @@ for _ in range(300):
 # %% id="data-exact"
 #| export
 def fingerprint(text: str) -> bytes:
-    """16 bytes that stand for a text: equal texts have equal ones; unequal never do in practice (2**-64 for 4 billion)."""
+    """16 bytes that stand for a text. Different texts have different ones, but for a chance of 2**-64 in 4 billion."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -1026,7 +1125,8 @@ def exact_duplicates(texts: Iterable[str]) -> list[tuple[int, int]]:
 # right, *recall* the share of what was planted that was found.
 
 # %% id="data-exact-planted"
-originals = list(dict.fromkeys(text for text in world.documents(chapter.size.planted_from, seed=3) if len(text) > 100))
+texts = world.documents(chapter.size.planted_from, seed=3)
+originals = list(dict.fromkeys(text for text in texts if len(text) > 100))  # each once
 planted = rng.sample(range(len(originals)), 100)
 copies = [originals[i] for i in planted]
 found = {later for _, later in exact_duplicates(originals + copies)}
@@ -1053,6 +1153,10 @@ def shingles(text: str, size: int = 5) -> set[str]:
     """All pieces of `size` characters of a text; the text itself if it is shorter."""
     return {text[i : i + size] for i in range(max(1, len(text) - size + 1))}
 
+# %% [markdown]
+# One letter changed, and five pieces of eighteen differ: every piece that covers the letter. Short texts pay
+# much for one change, long texts little.
+
 # %% id="data-jaccard"
 A, B = shingles("Tilda lives in Oakham."), shingles("Tilda lived in Oakham.")
 J = len(A & B) / len(A | B)
@@ -1066,7 +1170,7 @@ print(sorted(A - B), sorted(B - A), f"J = {len(A & B)} / {len(A | B)} = {J:.2f}"
 
 # %% id="data-minhash-by-hand"
 def smallest(pieces: set[str], seed: int) -> int:
-    return min(int.from_bytes(hashlib.blake2b(f"{seed} {piece}".encode(), digest_size=8).digest(), "big") for piece in pieces)
+    return min(int.from_bytes(fingerprint(f"{seed} {piece}"), "big") for piece in pieces)
 
 
 agreements = [smallest(A, seed) == smallest(B, seed) for seed in range(400)]
@@ -1095,6 +1199,9 @@ def sketch_of(text: str) -> MinHash:
     sketch.update_batch([piece.encode() for piece in shingles(text)])
     return sketch
 
+# %% [markdown]
+# Pairs from nearly the same to quite different, each with its exact similarity and its estimate.
+
 # %% id="data-minhash-scatter-figure"
 pairs = [(text, edited(text, rng.random() ** 2)) for text in originals[:200]]
 exact = [len(shingles(a) & shingles(b)) / len(shingles(a) | shingles(b)) for a, b in pairs]
@@ -1119,13 +1226,14 @@ def draw_bands(r: int = 5):
     J, b = np.linspace(0, 1, 200), 128 // r
     fig, ax = plt.subplots(figsize=(7, 2.8))
     for rows in sorted({2, 5, 12, r}):
-        ax.plot(J, 1 - (1 - J**rows) ** (128 // rows), label=f"{128 // rows} bands of {rows}", lw=3 if rows == r else 1.3)
+        bands, width = 128 // rows, 3 if rows == r else 1.3
+        ax.plot(J, 1 - (1 - J**rows) ** bands, label=f"{bands} bands of {rows}", lw=width)
     ax.set(xlabel="similarity J", ylabel="probability to meet", title=f"turns near {(1 / b) ** (1 / r):.2f}")
     ax.legend()
     return fig
 
 
-show(draw_bands(), "Wide bands let only very similar texts meet, narrow ones also let strangers meet; five numbers a band turn near 0.5.")
+show(draw_bands(), "Wide bands let only very similar texts meet; narrow ones let strangers meet as well.")
 
 # %% [markdown]
 # Move the slider where your notebook can show one: which band width would you choose to find texts with J above 0.8?
@@ -1145,13 +1253,14 @@ except ImportError:
 # %% id="data-near"
 #| export
 def near_duplicates(texts: Iterable[str], threshold: float = 0.7, permutations: int = 128) -> list[tuple[int, int]]:
-    """Pairs (first, later) of texts whose shingles overlap by `threshold` or more, as estimated by MinHash (Broder 1997).
+    """Pairs (first, later) of texts whose shingles overlap by `threshold`, as MinHash estimates it (Broder 1997).
 
     The standard error of the estimate is at most 0.5 / sqrt(permutations): 0.044 for 128.
     """
     from datasketch import MinHash, MinHashLSH
 
-    index = MinHashLSH(threshold=threshold - 0.1, num_perm=permutations)  # lower: bands miss some pairs that are just above
+    # Bands miss some pairs that lie just above their threshold, so theirs is lower than ours.
+    index = MinHashLSH(threshold=threshold - 0.1, num_perm=permutations)
     sketches, pairs = {}, []
     for i, text in enumerate(texts):
         sketch = MinHash(num_perm=permutations)
@@ -1176,15 +1285,19 @@ recall, precision = len(found & truth) / len(truth), len(found & truth) / len(fo
 check("data/near_recall", recall)
 check("data/near_precision", precision)
 
+# %% [markdown]
+# How close was it? The histogram shows the similarity of the planted pairs beside pairs of unrelated documents.
+
 # %% id="data-near-figure"
 alike = [sketch_of(originals[i]).jaccard(sketch_of(copy)) for i, copy in zip(planted, copies)]
 strangers = [sketch_of(a).jaccard(sketch_of(b)) for a, b in zip(originals[:400], originals[400:800])]
 fig, ax = plt.subplots(figsize=(7, 2.6))
-ax.hist([strangers, alike], bins=np.linspace(0, 1, 41), density=True, label=["two documents", "a document and its near copy"], stacked=False)
+ax.hist(strangers, bins=np.linspace(0, 1, 41), density=True, label="two documents")
+ax.hist(alike, bins=np.linspace(0, 1, 41), density=True, hatch="//", alpha=0.8, label="a document and its near copy")
 ax.axvline(0.7, color="black", ls=":")
 ax.set(xlabel="estimated similarity", ylabel="density")
 ax.legend()
-show(fig, "Unrelated documents share little, near copies share most of their shingles; the threshold at 0.7 lies between them.")
+show(fig, "Unrelated documents share little, near copies most of their shingles; the threshold lies between.")
 
 # %% [markdown]
 # **Exercise 1.4 (15 min, ★★).** Replace one word in ten instead. Predict the recall from the histogram first. Which is
@@ -1201,14 +1314,14 @@ show(fig, "Unrelated documents share little, near copies share most of their shi
 # %% id="data-overlap"
 #| export
 def word_runs(text: str, size: int = 13) -> Iterator[int]:
-    """Hashes of all runs of `size` words, without case and punctuation; each Chinese character counts as a word."""
+    """Hashes of all runs of `size` words, without case and punctuation; a Chinese character is a word."""
     words = re.findall(r"[\u3400-\u9fff]|\w+", text.lower())
     for i in range(len(words) - size + 1):
         yield hash(" ".join(words[i : i + size]))
 
 
 def overlapping(texts: Iterable[str], evaluation: Iterable[str], size: int = 13) -> list[int]:
-    """Positions of texts that share a run of `size` words with an evaluation text (Brown et al. 2020, arXiv:2005.14165)."""
+    """Positions of texts that share a run of `size` words with a test text (Brown et al. 2020, arXiv:2005.14165)."""
     known = {run for text in evaluation for run in word_runs(text, size)}
     return [i for i, text in enumerate(texts) if any(run in known for run in word_runs(text, size))]
 
@@ -1226,6 +1339,9 @@ for size in (3, 5, 8, 13, 20, 30):
     found = set(overlapping(training + hidden, tests, size))
     rows.append((size, len(found & wanted) / len(wanted), len(found & wanted) / max(1, len(found))))
 
+# %% [markdown]
+# Both shares against the length of the run:
+
 # %% id="data-overlap-figure"
 sizes, recalls, precisions = zip(*rows)
 fig, ax = plt.subplots(figsize=(7, 2.8))
@@ -1233,11 +1349,15 @@ ax.plot(sizes, recalls, "o-", label="recall")
 ax.plot(sizes, precisions, "s--", label="precision")
 ax.set(xlabel="words in the run", ylabel="share", ylim=(0, 1.05))
 ax.legend()
-show(fig, "Short runs accuse innocent texts, long runs miss short test texts; 13 words do neither here.")
+show(fig, "Short runs accuse innocent texts, long runs miss short test texts; 13 words find all and accuse few.")
 assert recalls[3] == 1 and precisions[3] > precisions[0]
 check("data/overlap_precision", precisions[3])
 
 # %% [markdown]
+# At 13 words every planted text is found. Some innocent ones go too, because this world has set phrases of that length; natural
+# text has fewer. Losing a few training texts is cheap. Testing on what was trained on is not, so the guard is
+# set to find all.
+#
 # ## 1.7 A split that stays
 #
 # To see whether a model learned or memorised, you hold some texts back. Shuffle and cut is the first idea. Then you
@@ -1262,8 +1382,12 @@ round(moved_by_shuffle, 2)
 # %% id="data-split"
 #| export
 def in_validation(text: str, share: float) -> bool:
-    """Whether a text belongs to the held-out part. Depends on the text alone, so it stays there when data is added."""
+    """Whether a text is held out. Depends on the text alone, so it stays so when data is added."""
     return int.from_bytes(fingerprint(text)[:8], "big") < share * 2**64
+
+# %% [markdown]
+# The same question put to the hash: of the texts held back before, how many are in training after 200 texts
+# were added?
 
 # %% id="data-split-figure"
 before = {text for text in originals if in_validation(text, 0.1)}
@@ -1300,6 +1424,10 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [[byte + 1 for byte in text.encode()] for text in texts]
+
+# %% [markdown]
+# Token 0 is kept for the end of a document, so byte 72, the letter H, is token 73. The é takes two bytes and
+# therefore two tokens.
 
 # %% id="data-bytes-try"
 tokenizer = ByteTokenizer()
@@ -1338,6 +1466,9 @@ class Mixture:
             expected = "expected sources: {name: {path: FILE, share: NUMBER}} and valid_share: NUMBER"
             raise DataError(f"{path}: {error} ({type(error).__name__}); {expected}") from error
 
+# %% [markdown]
+# First the tempting way: pick a source with its share as probability, then a document of it, 5,000 times.
+
 # %% id="data-mixture-wrong"
 mixture = Mixture.from_yaml(recipe)
 texts = {name: list(read_texts(path)) for name, (path, _) in mixture.sources.items()}
@@ -1362,11 +1493,11 @@ def endless(source: Path, part: str, valid_share: float) -> Iterator[str]:
                 found = True
                 yield text
         if not found:
-            raise DataError(f"{source}: no text of this file falls into the {part} part; give more texts or another valid_share")
+            raise DataError(f"{source}: no text falls into the {part} part; give more texts or another valid_share")
 
 
 def draw(mixture: Mixture, tokenizer, tokens: int, part: str = "train") -> Iterator[tuple[str, str]]:
-    """(source name, text) until `tokens` are drawn; the next text comes from the source that is furthest behind its share."""
+    """(source name, text) until `tokens` are drawn, each from the source that is furthest behind its share."""
     streams = {name: endless(path, part, mixture.valid_share) for name, (path, _) in mixture.sources.items()}
     drawn, total = dict.fromkeys(streams, 0), 0
     while total < tokens:
@@ -1376,6 +1507,9 @@ def draw(mixture: Mixture, tokenizer, tokens: int, part: str = "train") -> Itera
         drawn[name] += size
         total += size
         yield name, text
+
+# %% [markdown]
+# A million tokens from sources that hold far fewer, so each is read many times.
 
 # %% id="data-mixture-right"
 drawn, errors = Counter(), []
@@ -1394,6 +1528,10 @@ for name, text in draw(mixture, tokenizer, 1_000_000, part="valid"):
     held_out[name] += len(text.encode()) + 1
 assert all(abs(held_out[name] / held_out.total() - shares[name]) < 0.01 for name in shares)
 
+# %% [markdown]
+# The two ways side by side. Both axes are logarithmic, so a straight fall means: ten times the tokens, a tenth
+# of the error.
+
 # %% id="data-mixture-figure"
 wrong = max(abs(by_documents[n] / by_documents.total() - shares[n]) for n in shares)
 fig, ax = plt.subplots(figsize=(7, 2.8))
@@ -1402,7 +1540,7 @@ ax.axhline(wrong, color="C1", ls="--", label="by documents, after 5,000 draws")
 ax.axhline(0.01, color="grey", ls=":", label="1%")
 ax.set(xlabel="tokens drawn", ylabel="largest error of a share")
 ax.legend()
-show(fig, "Drawing by tokens falls below one percent within a few thousand tokens and keeps falling; drawing by documents never gets there.")
+show(fig, "Drawn by tokens, the shares come within one percent and closer still; by documents they never do.")
 
 # %% [markdown]
 # **Exercise 1.7 (15 min, ★★).** How many times did each source start again? Write the function that says so, and the sentence
@@ -1430,7 +1568,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def new_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends, and vanishes when it fails: never half a result."""
+    """A temporary folder that becomes `folder` when the block ends, and vanishes when it fails."""
     folder = Path(folder).resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.urandom(4).hex()}.tmp")
@@ -1443,14 +1581,18 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise DataError(f"{folder}: the disk is full; nothing was kept. Make room, or choose another disk, then start again.") from error
+        raise DataError(f"{folder}: the disk is full; nothing was kept. Make room, then start again.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+# %% [markdown]
+# A tokenizer works faster on many texts at once, and memory is spent on as many as are in flight. The group is
+# measured in characters, since a thousand tweets and a thousand novels are not the same thing.
 
 # %% id="data-batches"
 #| export
 def batches(texts: Iterable[str], characters: int = 250_000) -> Iterator[list[str]]:
-    """Texts in groups of about `characters`: enough for the tokenizer to run in parallel, little enough for memory."""
+    """Texts in groups of about `characters`."""
     group, size = [], 0
     for text in texts:
         group.append(text)
@@ -1460,6 +1602,10 @@ def batches(texts: Iterable[str], characters: int = 250_000) -> Iterator[list[st
             group, size = [], 0
     if group:
         yield group
+
+# %% [markdown]
+# The writer keeps three counters and no text. `np.split` cuts a group of tokens where a file is full; a
+# document may well lie across two files.
 
 # %% id="data-shard-writer"
 #| export
@@ -1489,6 +1635,9 @@ class ShardWriter:
                 file.write(piece.tobytes())
             self.tokens += len(piece)
 
+# %% [markdown]
+# Around it goes the temporary folder, and the index is written last.
+
 # %% id="data-write-shards"
 #| export
 def write_shards(texts: Iterable[str], tokenizer, folder: str | Path, shard_tokens: int = 2**24) -> "TokenShards":
@@ -1514,7 +1663,7 @@ def write_shards(texts: Iterable[str], tokenizer, folder: str | Path, shard_toke
 # %% id="data-joined"
 #| export
 class JoinedArray:
-    """Several memory-mapped files that read like one 1-D array: `len(a)`, `a[7]`, `a[3:9]`. A slice is a NumPy array."""
+    """Several memory-mapped files that read like one 1-D array: `len(a)`, `a[7]`, `a[3:9]`."""
 
     def __init__(self, parts: list[np.ndarray]):
         self.parts, self.dtype = parts, parts[0].dtype
@@ -1538,19 +1687,23 @@ class JoinedArray:
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return np.asarray(self[:], dtype)
 
+# %% [markdown]
+# Opening a folder compares the size of each file with the index. That costs microseconds, and it is the only
+# moment at which a copy that stopped half-way can be noticed.
+
 # %% id="data-token-shards"
 #| export
 class TokenShards:
-    """Reads a folder of `write_shards` without loading it: the operating system brings in the pages that are touched.
+    """A folder of `write_shards`, mapped into memory and not loaded.
 
-    `.tokens` (1-D, `len` and slices), `.documents` (where each starts, and the end: shape (documents + 1,)), `.num_bytes`
-    (UTF-8 bytes of the text). DataError if a file is missing or has another size than the index says.
+    `tokens`: 1-D, with `len` and slices. `documents`: where each starts, and the end, (documents + 1,).
+    `num_bytes`: UTF-8 bytes of the text. DataError if a file is missing or not as long as the index says.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
-            raise DataError(f"{folder}: no index.json here, so these are no token shards; make them with write_shards")
+            raise DataError(f"{folder}: no index.json here, so no token shards; make them with write_shards")
         index = json.loads((self.folder / "index.json").read_text())
         self.num_bytes, self.dtype = index["num_bytes"], np.dtype(index["dtype"])
         self.documents = self.map("documents.bin", "<i8", index["documents"] + 1)
@@ -1564,7 +1717,7 @@ class TokenShards:
         path, wanted = self.folder / name, length * np.dtype(dtype).itemsize
         found = path.stat().st_size if path.is_file() else 0
         if found != wanted:
-            raise DataError(f"{path}: {found:,} bytes, the index says {wanted:,}: the copy is not whole; write or copy it again")
+            raise DataError(f"{path}: {found:,} bytes, the index says {wanted:,}: write or copy the folder again")
         return np.memmap(path, dtype, "r", shape=(length,))
 
     def __len__(self) -> int:
@@ -1602,6 +1755,9 @@ def peak(way: str, megabytes: float) -> float:
 sizes = list(chapter.size.megabytes)
 memory = {way: [peak(way, size) for size in sizes] for way in ("list", "shards")}
 memory
+
+# %% [markdown]
+# Draw the two lines, and hold the claim against its band.
 
 # %% id="data-memory-figure"
 fig, ax = plt.subplots(figsize=(7, 2.8))
@@ -1663,9 +1819,10 @@ except DataError as error:
 @contextmanager
 def line_writer(path: Path) -> Iterator[Callable[[dict], None]]:
     """A function that writes one row a line, as gzip if the name ends in .gz; the same rows give the same bytes."""
-    packed = path.name.endswith(".gz")
-    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) if packed else nullcontext(raw) as file:
-        yield lambda row: file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+    with open(path, "wb") as raw:
+        packed = gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.name.endswith(".gz") else nullcontext(raw)
+        with packed as file:
+            yield lambda row: file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
@@ -1677,6 +1834,10 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
             count += 1
     return count
 
+# %% [markdown]
+# Both parts are written in one pass, each row going where its hash sends it. For a chat the hash is taken of
+# the whole chat.
+
 # %% id="data-write-parts"
 #| export
 def key_of(row: dict) -> str:
@@ -1687,7 +1848,7 @@ def key_of(row: dict) -> str:
 def write_parts(rows: Iterable[dict], folder: Path, expected: int) -> dict[str, int]:
     """Writes train.jsonl.gz and valid.jsonl.gz in one pass and returns the number of rows in each.
 
-    One row in fifty is held back, more if few rows are `expected`: a held-out part of three texts measures nothing.
+    One row in fifty is held back, more if few are `expected`: three held-out texts measure nothing.
     """
     folder.mkdir(parents=True)
     share = max(0.02, min(0.5, 20 / expected))
@@ -1698,8 +1859,13 @@ def write_parts(rows: Iterable[dict], folder: Path, expected: int) -> dict[str, 
             (valid if held_out else train)(row)
             counts["valid" if held_out else "train"] += 1
     if min(counts.values()) == 0:
-        raise DataError(f"{folder.name}: {sum(counts.values())} different rows are too few to hold some back; give 20 or more")
+        total = sum(counts.values())
+        raise DataError(f"{folder.name}: {total} different rows are too few to hold some back; give 20 or more")
     return counts
+
+# %% [markdown]
+# Cleaning, copies and test questions are dealt with in the same pass. What is left out is counted, so that the
+# numbers add up: rows read = training + held out + copies + test questions.
 
 # %% id="data-select"
 #| export
@@ -1713,7 +1879,7 @@ def strings(value) -> Iterator[str]:
 
 
 def select_rows(rows: Iterable[dict], known: set[int], removed: dict[str, int]) -> Iterator[dict]:
-    """Cleans texts, leaves out exact duplicates and what overlaps the evaluation, and counts both in `removed`."""
+    """Cleans texts, leaves out copies and what overlaps the evaluation, and counts both in `removed`."""
     seen = set()
     for row in rows:
         row = {"text": clean(row["text"])} if "text" in row else row
@@ -1726,10 +1892,13 @@ def select_rows(rows: Iterable[dict], known: set[int], removed: dict[str, int]) 
             seen.add(key)
             yield row
 
+# %% [markdown]
+# A name becomes a list of stages, and all files of all stages are checked before the first byte is written.
+
 # %% id="data-stages"
 #| export
 def stage_sources(source: str | Path | None) -> dict[str, str | Path]:
-    """Which stage reads what: nothing for the world, pretraining for a file, the subfolders of a folder that has some."""
+    """Which stage reads what: {} for the world, a file is pretraining text, a folder may have subfolders."""
     if source in (None, "", "world"):
         return {}
     if str(source).startswith("hf:"):
@@ -1750,15 +1919,20 @@ def check_stages(sources: dict[str, str | Path]) -> dict[str, int]:
         raise DataError("\n".join(problems))
     return counts
 
+# %% [markdown]
+# What the source does not bring is taken from the world. Facts and questions are written only where they fit
+# the text: nobody should be asked about Tilda who has read Jane Austen.
+
 # %% id="data-write-world"
 #| export
 def write_world(folder: Path, sizes: dict, about: dict) -> None:
-    """Adds the world's data for the stages that are still missing, and the facts and questions that fit them."""
+    """Adds the world's data for the stages that are missing, and the facts and questions that fit."""
     missing = [stage for stage in ("pretrain", "sft") if stage not in about["stages"]]
     if not missing:
         return
     world = make_world(sizes["people"], sizes.get("seed", 1))
-    count = {"pretrain": sizes["documents"], "sft": sizes.get("conversations", max(1000, sizes["documents"] // 10))}
+    chats = sizes.get("conversations", max(1000, sizes["documents"] // 10))
+    count = {"pretrain": sizes["documents"], "sft": chats}
     rows = {
         "pretrain": ({"text": text} for text in world.documents(count["pretrain"], 1)),
         "sft": ({"conversations": chat} for chat in world.conversations(count["sft"], 1)),
@@ -1774,7 +1948,7 @@ def write_world(folder: Path, sizes: dict, about: dict) -> None:
 
 
 def prepare_world(folder: str | Path, world_sizes: dict) -> dict:
-    """Makes the data folder from the generated world: sizes are people, documents and, if wanted, seed and conversations."""
+    """`prepare` with the world as source; its sizes are people, documents and perhaps seed and conversations."""
     return prepare("world", folder, world_sizes)
 
 
@@ -1782,6 +1956,9 @@ def unread(sources: dict) -> list[Path]:
     """Files in the folders that no reader knows; they are named, so that nothing is left out in silence."""
     folders = [path for path in sources.values() if Path(path).is_dir() and not is_saved_dataset(path)]
     return [path for folder in folders for path in data_files(folder) if reader_of(path) is None]
+
+# %% [markdown]
+# And the function that calls them all.
 
 # %% id="data-prepare"
 #| export
