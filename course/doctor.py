@@ -40,7 +40,7 @@ def problems(found: dict, absent: list[str]) -> list[str]:
     elif torch_version(found["torch"]) < OLDEST_TORCH:
         told.append(f"torch {found['torch']} is too old: 2.11 or newer is needed; `make setup` installs it")
     if absent:
-        told.append(f"missing libraries: {', '.join(install.package_name(line) for line in absent)}; `make setup` installs them, "
+        told.append(f"libraries missing or too old: {', '.join(install.package_name(line) for line in absent)}; `make setup` installs them, "
                     "or `pip install -c constraints.txt --editable .`")  # fmt: skip
     if 0 < found["memory_gb"] < 2:
         told.append(f"{found['memory_gb']} GB of memory: at least 2 GB are needed, and 4 GB for the cpu profile")

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST, NEWEST = (3, 11), (3, 13)
 STAMP = "course-stamp"
+TOOLS = {"ipykernel", "jupyterlab", "jupytext", "nbclient", "nbconvert", "nbdev", "nbformat", "nbval", "papermill"}  # no chapter needs them
 SEARCHED = ("python3.13", "python3.12", "python3.11")
 
 
@@ -56,8 +57,11 @@ def python_version(python: str | Path) -> tuple[int, int] | None:
 def fingerprint(root: Path) -> str:
     """Changes when the pins or the dependencies change, and when the clone is moved: the environment holds its path."""
     digest = hashlib.sha256(str(root).encode())
-    for name in ("constraints.txt", "pyproject.toml"):
-        digest.update((root / name).read_bytes())
+    digest.update((root / "constraints.txt").read_bytes())
+    sections = re.split(r"^(?=\[)", (root / "pyproject.toml").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for section in sections:  # not the settings of ruff and pytest: they change nothing that is installed
+        if not section.startswith(("[tool.ruff", "[tool.pytest")):
+            digest.update(section.encode())
     return digest.hexdigest()
 
 
@@ -101,27 +105,29 @@ def set_up(root: Path = ROOT) -> bool:
     return True
 
 
-def requirements(root: Path = ROOT) -> list[str]:
-    """The run-time dependencies in pyproject.toml, torch left out."""
-    import tomllib
-
-    listed = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
-    return [line for line in listed if package_name(line) != "torch"]
-
-
 def package_name(requirement: str) -> str:
     return re.match(r"[A-Za-z0-9._-]+", requirement)[0]
 
 
-def missing(root: Path = ROOT) -> list[str]:
-    """The dependencies that are not installed here."""
-    absent = []
-    for line in requirements(root):
-        try:
-            importlib.metadata.version(package_name(line))
-        except importlib.metadata.PackageNotFoundError:
-            absent.append(line)
-    return absent
+def missing(root: Path = ROOT, without: frozenset[str] | set[str] = frozenset()) -> list[str]:
+    """The run-time dependencies in pyproject.toml that are not installed here, or too old; torch is not looked at."""
+    import tomllib
+
+    listed = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    return [line for line in listed if package_name(line) not in {"torch", *without} and not satisfied(line)]
+
+
+def satisfied(requirement: str) -> bool:
+    """Whether a requirement such as `numpy>=2.0` holds here."""
+    try:
+        have = importlib.metadata.version(package_name(requirement))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:  # then being there must do
+        return True
+    return Requirement(requirement).specifier.contains(have, prereleases=True)
 
 
 def install_missing(root: Path = ROOT) -> list[str]:
@@ -129,7 +135,7 @@ def install_missing(root: Path = ROOT) -> list[str]:
     if importlib.util.find_spec("torch") is None:
         raise SetupError("torch is missing. This cell does not install it, because the right build depends on your machine: "
                          "choose a Colab runtime, or run `make setup` in the folder of the course.")  # fmt: skip
-    if absent := missing(root):
+    if absent := missing(root, without=TOOLS):
         print("installing", ", ".join(absent))
         if subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *absent]).returncode:
             raise SetupError("pip could not install them, see above; check the network and run this cell again")

@@ -98,7 +98,7 @@ PROBLEMS = {
     "new Python": ({"python": "3.14.0"}, [], "Python 3.14.0 is not supported"),
     "no torch": ({"torch": None}, [], "torch is missing: `make setup`"),
     "old torch": ({"torch": "2.9.1+cu128"}, [], "torch 2.9.1+cu128 is too old"),
-    "missing libraries": ({}, ["papermill>=2.6", "nbval>=0.11"], "missing libraries: papermill, nbval"),
+    "missing libraries": ({}, ["papermill>=2.6", "nbval>=0.11"], "libraries missing or too old: papermill, nbval"),
     "no memory": ({"memory_gb": 1.0}, [], "1.0 GB of memory"),
     "no disk": ({"disk_free_gb": 0.5}, [], "0.5 GB of disk are free"),
 }

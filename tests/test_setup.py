@@ -117,6 +117,12 @@ def test_set_up_runs_once_and_again_when_the_pins_change(clone, monkeypatch):
     monkeypatch.setattr(install.subprocess, "run", pip)
     assert install.set_up(clone) and len(pip.asked) == 3
     assert not install.set_up(clone) and len(pip.asked) == 3  # nothing to do: no network needed
+    settings = (clone / "pyproject.toml").read_text()
+    (clone / "pyproject.toml").write_text(settings.replace("line-length = ", "line-length = 1"))
+    assert not install.set_up(clone)  # a setting of ruff installs nothing
+    (clone / "pyproject.toml").write_text(settings.replace('"numpy>=', '"numpy>1,>='))
+    assert not install.up_to_date(clone)
+    (clone / "pyproject.toml").write_text(settings)
     (clone / "constraints.txt").write_text((clone / "constraints.txt").read_text().replace("torch==", "torch==9"))
     assert install.set_up(clone) and len(pip.asked) == 6 and pip.asked[3][0].startswith("torch==9")
     monkeypatch.setattr(install, "up_to_date", lambda _: False)
@@ -237,12 +243,15 @@ def test_a_chapter_installs_what_is_missing_but_never_torch(root, monkeypatch):
     present = install.importlib.metadata.version
 
     def version(name):
-        if name in ("torch", "papermill"):
+        if name == "datasketch":
+            return "0.1"  # too old
+        if name in ("torch", "papermill", "tiktoken"):
             raise install.importlib.metadata.PackageNotFoundError(name)
         return present(name)
 
     monkeypatch.setattr(install.importlib.metadata, "version", version)
-    assert [install.package_name(line) for line in install.install_missing(root)] == ["papermill"]
+    assert [install.package_name(line) for line in install.install_missing(root)] == ["tiktoken", "datasketch"]
+    assert [install.package_name(line) for line in install.missing(root)] == ["tiktoken", "datasketch", "papermill"]
     assert not any("torch" in word for word in asked[0])
     monkeypatch.setattr(install.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(install.SetupError, match="torch is missing"):
