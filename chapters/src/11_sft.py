@@ -32,6 +32,21 @@ ax.set(xlim=(-0.6, 5.5), ylim=(-0.5, 0.5))
 ax.axis("off")
 show(fig, "From conversations to a model that answers: each box is one section of this chapter.")
 
+# %% id="sft-default-exp"
+#| default_exp sft
+
+# %% id="sft-imports"
+#| export
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from minimind.generate import generate_batch
+from minimind.metrics import cross_entropy
+
 # %% [markdown]
 # ## 11.1 A model that knows and does not answer
 #
@@ -57,7 +72,7 @@ def base_model():
 base = base_model()
 
 # %% [markdown]
-# The questions: the data folder has one for every fact of the world. With your own data there are none, so your validation chats serve.
+# The questions: the data folder has one for every fact of the world. Your own data have none, so five everyday ones serve.
 
 # %% id="sft-questions"
 questions_file = data / "questions.jsonl"
@@ -68,16 +83,19 @@ else:
     five = ["Who are you?", "What is the sun?", "How are you today?", "What is two plus three?", "Tell me a story."]
 print(five)
 
+# %% [markdown]
+# The prompt ends with `<|im_start|>assistant`, and the model writes on until it closes its turn with `<|im_end|>`, or until its tokens run out.
+
 # %% id="sft-ask-base"
 def replies_of(model, texts, new_tokens=24):
-    """The model's reply to each question, and whether it stopped by itself."""
+    """The model's reply to each question, and whether it closed its turn."""
     prompts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True) for t in texts]
-    answers = generate_batch(model, prompts, new_tokens, stop_ids=(tokenizer.im_end_id, tokenizer.eos_id))
-    return [(tokenizer.decode(ids, skip_special=True), len(ids) < new_tokens) for ids in answers]
+    answers = generate_batch(model, prompts, new_tokens, stop_ids=(tokenizer.im_end_id,))
+    return [(tokenizer.decode(ids), len(ids) < new_tokens) for ids in answers]
 
 base_replies = replies_of(base, five)
 for question, (reply, stopped) in zip(five, base_replies):
-    print(f"{question}\n    {reply!r} {'(stopped)' if stopped else '(ran on)'}")
+    print(f"{question}\n    {reply!r} {'(closed)' if stopped else '(ran on)'}")
 
 # %% [markdown]
 # It continues as if this were one more document. The facts may be in there: chapter 9 measured how many it can complete. What it lacks is
@@ -85,26 +103,12 @@ for question, (reply, stopped) in zip(five, base_replies):
 #
 # ## 11.2 Which tokens to learn from
 #
-# Here is the first conversation of the training data, in the template of chapter 2.
-
-# %% id="sft-default-exp"
-#| default_exp sft
-
-# %% id="sft-imports"
-#| export
-import re
-from collections.abc import Sequence
-
-import numpy as np
-import torch
-from torch import nn
-
-from minimind.generate import generate_batch
-from minimind.metrics import cross_entropy
+# Here is a short conversation of two turns from the training data, in the template of chapter 2.
 
 # %% id="sft-first-conversation"
 conversations = [row["conversations"] for row in read_conversations(data / "sft" / "train.jsonl.gz")]
-several = next((c for c in conversations if len(c) == 4), conversations[0])  # two turns
+size_of = lambda messages: sum(len(m["content"] or "") for m in messages)
+several = min((c for c in conversations if len(c) == 4), key=size_of, default=conversations[0])
 print(tokenizer.apply_chat_template(several, tokenize=False))
 
 # %% [markdown]
@@ -149,6 +153,9 @@ def assistant_mask(tokenizer, ids: Sequence[int]) -> list[bool]:
             mask[body:end] = [True] * (end - body)
     return mask
 
+# %% [markdown]
+# It agrees with the state machine:
+
 # %% id="sft-mask-agrees"
 assert assistant_mask(tokenizer, tokens) == by_hand
 
@@ -181,7 +188,7 @@ def draw_tokens(ax, ids, labels, per_row=10):
     ax.set(xlim=(-0.6, per_row - 0.4), ylim=(-((len(ids) - 1) // per_row) - 0.6, 0.6))
     ax.axis("off")
 
-ids, labels = chat_example(tokenizer, several)
+ids, labels = chat_example(tokenizer, several, max_length=120)
 fig, ax = plt.subplots(figsize=(7, 0.36 * (len(ids) // 10 + 1)))
 draw_tokens(ax, ids, labels)
 show(fig, "One conversation, token by token: white on blue is learned, grey is only read. The end mark after each answer is learned too.")
@@ -197,7 +204,8 @@ for messages in conversations[:200]:
     answers = [m for m in messages if m["role"] == "assistant"]
     assert learned.count(tokenizer.im_end_id) == len(answers)
     if not any(m.get("tool_calls") or m.get("reasoning_content") or "</think>" in m["content"] for m in answers):
-        assert tokenizer.decode(learned) == "".join(m["content"].lstrip("\n") + "<|im_end|>" for m in answers)
+        said = "".join(m["content"] + "<|im_end|>" for m in answers)
+        assert "".join(tokenizer.decode(learned).split()) == "".join(said.split())  # blanks aside
 
 # %% [markdown]
 # **Exercise 11.1 (15 min, ★★).** Learn from the last answer only. How many of the learned tokens are lost in this data?
@@ -227,6 +235,9 @@ full = np.minimum(lengths, padded_row).mean() / padded_row
 print(f"{len(examples):,} conversations, {lengths.mean():.0f} tokens on average; rows of {padded_row} are {full:.0%} full")
 print(f"{(lengths > context).sum()} are cut at {context + 1} tokens")
 
+# %% [markdown]
+# The picture of the waste:
+
 # %% id="sft-lengths-figure"
 fig, ax = plt.subplots(figsize=(7, 2.4))
 ax.hist(lengths, bins=range(0, padded_row + 16, 8), color="C0")
@@ -255,6 +266,9 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
         rows[row].append(item)
         with_room[room - lengths[item]].append(row)
     return rows
+
+# %% [markdown]
+# The same seven lengths:
 
 # %% id="sft-pack-by-hand"
 toy = [5, 7, 2, 3, 6, 4, 2]
@@ -297,10 +311,16 @@ def block_mask(owner: torch.Tensor) -> torch.Tensor:
     same = owner[:, :, None] == owner[:, None, :]  # (B, T, T)
     return same.tril()[:, None]
 
+# %% [markdown]
+# By hand: the second token of the second conversation may look at two positions, its own and the one before.
+
 # %% id="sft-block-mask-by-hand"
 owner = torch.tensor([[1, 1, 1, 2, 2, 3, 3, 3, 3, 0]])  # three conversations and one place of padding
 mask = block_mask(owner)[0, 0]
 assert mask[4].tolist() == [False, False, False, True, True, False, False, False, False, False]
+
+# %% [markdown]
+# The whole mask as a picture. Each row is one position, and what it may look at is dark.
 
 # %% id="sft-block-mask-figure"
 fig, ax = plt.subplots(figsize=(3.4, 3.1))
@@ -374,6 +394,9 @@ class PackedConversations:
         ids, labels, positions, owner = (torch.from_numpy(x).to(self.device) for x in (ids, labels, positions, owner))
         return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": block_mask(owner)}
 
+# %% [markdown]
+# Pack everything, and look at some rows of the first batch:
+
 # %% id="sft-rows-figure"
 chats = PackedConversations(examples, context, chapter.size.batch_size, device=chapter.device)
 width, rows = chats.plan[0]
@@ -384,7 +407,7 @@ for r, row in enumerate(rows[:12]):
         ax.barh(r, len(chats.ids[item]), left=start, color=f"C{n % 6}", ec="white", hatch=["", "//", ".."][n % 3])
         start += len(chats.ids[item])
 ax.set(xlabel="position (tokens)", ylabel="row", xlim=(0, width))
-show(fig, f"Twelve packed rows of {width} tokens: each block is one conversation, and almost no place is empty.")
+show(fig, f"Packed rows of {width} tokens: each block is one conversation, and almost no place is empty.")
 
 # %% [markdown]
 # The share of places that hold a token, against rows of 768:
@@ -459,6 +482,9 @@ def tokens_per_second(batch, real, repeats=2):
         best = min(best, time.perf_counter() - clock)
     return real / best
 
+# %% [markdown]
+# Four padded rows against one packed batch:
+
 # %% id="sft-speed-measure"
 some = examples[:4]
 slow = tokens_per_second(padded_batch(some, padded_row), sum(len(ids) - 1 for ids, _ in some))
@@ -479,6 +505,9 @@ gain = check("sft/packing_speedup", fast / slow)
 # - **mask one early**: the mask begins at the last header token, and ends before `<|im_end|>`;
 # - **not shifted**: the label of a position is its own token instead of the next one.
 
+# %% [markdown]
+# The end of one turn, in the three variants:
+
 # %% id="sft-three-masks"
 def one_early(ids, labels):
     return ids, [token if later != -100 else -100 for token, later in zip(ids, [*labels[1:], -100])]
@@ -487,12 +516,12 @@ def not_shifted(ids, labels):
     return ids, [-100, *labels[:-1]]  # PackedConversations shifts left, so this ends where it began
 
 variants = {"right": lambda ids, labels: (ids, labels), "mask one early": one_early, "not shifted": not_shifted}
-fig, axes = plt.subplots(3, 1, figsize=(7, 3.3))
 ids, labels = chat_example(tokenizer, several[:2])
+fig, axes = plt.subplots(3, 1, figsize=(7, 2.2))
 for ax, (name, change) in zip(axes, variants.items()):
-    draw_tokens(ax, ids, change(ids, labels)[1], per_row=len(ids))
-    ax.set_title(name, fontsize=9, loc="left")
-show(fig, "Labels of the first turn in the three variants: blue places are learned. One place to the side looks harmless.")
+    draw_tokens(ax, ids[-11:], change(ids, labels)[1][-11:], per_row=11)
+    ax.set_title(name, fontsize=9, loc="left", pad=2)
+show(fig, "The last tokens of one turn; tokens on blue have a label. One place to the side looks harmless; with the mask one early, <|im_end|> is not learned.")
 
 # %% [markdown]
 # **Before you run this**: which of the three will show the lowest loss?
@@ -507,6 +536,9 @@ def short_run(change):
     return model, train(model, batches, sft_loss, config, max_steps=chapter.max_steps)
 
 short = {name: short_run(change) for name, change in variants.items()}
+
+# %% [markdown]
+# Their losses:
 
 # %% id="sft-variants-figure"
 fig, ax = plt.subplots(figsize=(7, 2.5))
@@ -525,7 +557,7 @@ stops = {}
 for name, (model, _) in short.items():
     replies = replies_of(model, asked, 32)
     stops[name] = sum(stopped for _, stopped in replies) / len(replies)
-    print(f"{name:15} {stops[name]:4.0%} stop by themselves; {asked[0]!r} -> {replies[0][0][:90]!r}")
+    print(f"{name}: {stops[name]:.0%} close their turn\n    {asked[0]} -> {replies[0][0][:80]!r}")
 
 # %% [markdown]
 # With the mask one early, `<|im_end|>` was never learned, so the answers run on. Not shifted, the model learned to say the current token
@@ -557,6 +589,9 @@ class Replay:
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         before, now = int(step * self.share), int((step + 1) * self.share)  # text steps so far, without and with this one
         return self.texts[before] if now > before else self.chats[step - before]
+
+# %% [markdown]
+# With a share of one quarter, every fourth step reads text:
 
 # %% id="sft-replay-by-hand"
 order = Replay(chats=["c0", "c1", "c2", "c3", "c4", "c5"], texts=["t0", "t1"], share=0.25)
@@ -621,6 +656,9 @@ def answers_right(model: nn.Module, tokenizer, questions: Sequence[dict], **opti
     ]
     return sum(row["right"] for row in rows) / max(1, len(rows)), rows
 
+# %% [markdown]
+# Whole words, so that a catfish is no cat:
+
 # %% id="sft-says-by-hand"
 assert says("Garus lives in Foxhollow.", "foxhollow")
 assert not says("Garus has a catfish.", "cat")
@@ -642,21 +680,25 @@ sample = {kind: [q for q in questions if q["seen"] == seen][:: chapter.size.ever
 def evaluate(model):
     model.eval()
     shares = {kind: answers_right(model, tokenizer, some)[0] for kind, some in sample.items() if some}
-    return shares | {"bits_per_byte": bits_per_byte_of(model)}
+    result = shares | {"bits_per_byte": bits_per_byte_of(model)}
+    print("  ".join(f"{name} {value:.3f}" for name, value in result.items()))
+    return result
 
 before = evaluate(base)
-print({name: round(value, 3) for name, value in before.items()})
 
 # %% [markdown]
-# Now train. The learning rate is lower than in pretraining: the model is good already, and large steps would break more than they build.
+# Now train; the three numbers come four times. The learning rate is lower than in pretraining: the model is good already, and large steps would break more than they build.
 
 # %% id="sft-train"
 chat_model = base_model()
 steps = chapter.size.steps
 config = TrainConfig(steps=steps, learning_rate=chapter.size.learning_rate, log_every=max(1, steps // 40), eval_every=max(1, steps // 4),
                      precision=chapter.settings.precision)
-progress = lambda h: print(f"step {h.step[-1]:4}  loss {h.loss[-1]:.3f}  {h.tokens_per_second[-1]:,.0f} tokens/s") if h.step[-1] % (steps // 4 or 1) < 2 else None
-history = train(chat_model, batches, sft_loss, config, evaluate=evaluate, on_log=progress, max_steps=chapter.max_steps)
+history = train(chat_model, batches, sft_loss, config, evaluate=evaluate, max_steps=chapter.max_steps)
+print(f"{history.tokens[-1]:,} tokens in {history.seconds[-1]:.0f} s")
+
+# %% [markdown]
+# Loss and answers over the run:
 
 # %% id="sft-training-figure"
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
@@ -698,6 +740,9 @@ _, base_score = score(base) if questions else ([], {})
 for name in after:
     print(f"{name:18} base {base_score[name]:5.1%}   chat {after[name]:5.1%}")
 
+# %% [markdown]
+# As a picture:
+
 # %% id="sft-final-figure"
 if after:
     fig, ax = plt.subplots(figsize=(7, 2.3))
@@ -705,7 +750,7 @@ if after:
     ax.barh(y + 0.2, list(base_score.values()), 0.38, label="base", color="0.7", hatch="//", ec="white")
     ax.barh(y - 0.2, list(after.values()), 0.38, label="chat", color="C0")
     ax.set(yticks=y, yticklabels=["right, seen people", "right, unseen people", "names copied, unseen"], xlabel="share of questions", xlim=(0, 1.02))
-    ax.legend(loc="center right")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
     show(fig, "The same questions to both models: SFT teaches the form, and facts that were never asked about come out in it.")
 
 # %% [markdown]
@@ -732,14 +777,17 @@ forgotten["short run, no replay"] = bits_per_byte_of(short["right"][0])
 for name, value in forgotten.items():
     print(f"{name:22} {value:.3f} bits per byte")
 
+# %% [markdown]
+# And over the steps:
+
 # %% id="sft-forgetting-figure"
 fig, ax = plt.subplots(figsize=(7, 2.4))
 ax.plot(at, [before["bits_per_byte"], *(e["bits_per_byte"] for e in history.evals)], marker="o", label="with replay")
 ax.plot([0, short["right"][1].step[-1]], [before["bits_per_byte"], forgotten["short run, no replay"]], marker="s", label="without")
 ax.axhline(before["bits_per_byte"], color="0.5", ls=":")
-ax.set(xlabel="step", ylabel="bits per byte", ylim=(0, None))
+ax.set(xlabel="step", ylabel="bits per byte")
 ax.legend()
-show(fig, "Forgetting on pretraining text: without replay a few seconds cost more than the whole run with it; dotted is the base model.")
+show(fig, "Forgetting on pretraining text: bits per byte above the dotted line of the base model is what fine-tuning has cost.")
 
 # %% [markdown]
 # The claim of this chapter, in numbers with their bands:
