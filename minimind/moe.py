@@ -34,8 +34,8 @@ def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool = True) -> tup
 
     The softmax runs in float32. With norm_topk_prob the weights of a token sum to 1.
     """
-    probs = router_logits.softmax(-1, dtype=torch.float32)              # (N, E)
-    weights, chosen = probs.topk(top_k, dim=-1)                         # (N, top_k) each
+    probs = router_logits.softmax(-1, dtype=torch.float32)  # (N, E)
+    weights, chosen = probs.topk(top_k, dim=-1)  # (N, top_k) each
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, chosen
@@ -46,13 +46,13 @@ def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor, chos
 
     The N * k visits are sorted by expert, so that the rows of an expert are one slice.
     """
-    visits = chosen.flatten()                                           # (N * k,)
+    visits = chosen.flatten()  # (N * k,)
     order = visits.argsort(stable=True)
-    token_of = order // chosen.size(1)                                  # the token behind each sorted visit
+    token_of = order // chosen.size(1)  # the token behind each sorted visit
     load = visits.bincount(minlength=len(experts)).tolist()
-    slices = tokens.index_select(0, token_of).split(load)               # one (load, C) for each expert
+    slices = tokens.index_select(0, token_of).split(load)  # one (load, C) for each expert
     y = torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)])
-    y = y * weights.flatten().index_select(0, order).unsqueeze(-1)      # (N * k, C)
+    y = y * weights.flatten().index_select(0, order).unsqueeze(-1)  # (N * k, C)
     return torch.zeros_like(tokens).index_add(0, token_of, y.to(tokens.dtype))
 
 # %% ../chapters/06_moe.ipynb #moe-class
@@ -81,8 +81,8 @@ class MoE(nn.Module):
         self.router_logits: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)                                       # (N, C)
-        self.router_logits = self.gate(tokens)                          # (N, E)
+        tokens = x.flatten(0, -2)  # (N, C)
+        self.router_logits = self.gate(tokens)  # (N, E)
         weights, chosen = route(self.router_logits, self.num_experts_per_tok, self.norm_topk_prob)
         return dispatch(self.experts, tokens, weights.to(x.dtype), chosen).view_as(x)
 
@@ -103,9 +103,9 @@ def load_balancing_loss(
     Face does. attention_mask (B, T), 1 = real, leaves padding out. Fedus et al. 2021, equations 4-6.
     """
     layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
-    logits = torch.cat(layers)                                          # (L * N, E)
+    logits = torch.cat(layers)  # (L * N, E)
     probs = logits.softmax(-1, dtype=torch.float32)
-    chosen = probs.topk(top_k, dim=-1).indices                          # (L * N, top_k)
+    chosen = probs.topk(top_k, dim=-1).indices  # (L * N, top_k)
     real = torch.ones_like(probs[:, 0])
     if attention_mask is not None:
         real = attention_mask.flatten().to(probs.dtype).repeat(len(layers))

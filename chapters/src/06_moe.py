@@ -65,8 +65,8 @@ show(fig, "Four experts, one used: the router gives each expert a probability, t
 
 # %% id="moe-linear-fails"
 pairs = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
-same = pairs[:, :1] * pairs[:, 1:]                                      # (4, 1): the product of the two facts
-linear = torch.linalg.lstsq(pairs, same).solution                       # the best linear map
+same = pairs[:, :1] * pairs[:, 1:]  # (4, 1): the product of the two facts
+linear = torch.linalg.lstsq(pairs, same).solution  # the best linear map
 print("best linear answers:", (pairs @ linear).flatten().tolist(), "wanted:", same.flatten().tolist())
 assert torch.allclose(pairs @ linear, torch.zeros(4, 1), atol=1e-6)
 
@@ -97,9 +97,9 @@ show(fig, "SiLU follows ReLU far from zero and is smooth in between, with a dip 
 # when both facts are +1, the other when both are -1.
 
 # %% id="moe-swiglu-by-hand"
-gate = torch.tensor([[4.0, 4], [-4, -4]])                               # fires when both facts are +1, or both -1
+gate = torch.tensor([[4.0, 4], [-4, -4]])  # fires when both facts are +1, or both -1
 up = torch.tensor([[1.0, 1], [-1, -1]])
-hidden = F.silu(pairs @ gate.T) * (pairs @ up.T)                        # (4, 2)
+hidden = F.silu(pairs @ gate.T) * (pairs @ up.T)  # (4, 2)
 print(hidden)
 
 # %% [markdown]
@@ -175,9 +175,9 @@ for E, k in ((1, 1), (4, 1), (8, 2), (128, 8)):
 from minimind.data import set_seed
 
 set_seed(6)
-router_logits = torch.randn(6, 4) * 1.5                                 # six tokens, four experts
-probs = router_logits.softmax(-1)                                       # (6, 4): each row sums to 1
-chosen = probs.argmax(-1)                                               # (6,)
+router_logits = torch.randn(6, 4) * 1.5  # six tokens, four experts
+probs = router_logits.softmax(-1)  # (6, 4): each row sums to 1
+chosen = probs.argmax(-1)  # (6,)
 print(probs.round(decimals=2), chosen, sep="\n")
 
 # %% id="moe-router-picture"
@@ -202,8 +202,8 @@ def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool = True) -> tup
 
     The softmax runs in float32. With norm_topk_prob the weights of a token sum to 1.
     """
-    probs = router_logits.softmax(-1, dtype=torch.float32)              # (N, E)
-    weights, chosen = probs.topk(top_k, dim=-1)                         # (N, top_k) each
+    probs = router_logits.softmax(-1, dtype=torch.float32)  # (N, E)
+    weights, chosen = probs.topk(top_k, dim=-1)  # (N, top_k) each
     if norm_topk_prob:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, chosen
@@ -229,8 +229,8 @@ print(top.tolist())
 # %% id="moe-dense-reference"
 def moe_dense(experts, tokens, weights, chosen):
     """Every expert on every token; (N, C) -> (N, C)."""
-    full = torch.zeros(len(tokens), len(experts)).scatter(1, chosen, weights)      # (N, E): zero where not chosen
-    outputs = torch.stack([expert(tokens) for expert in experts], dim=1)           # (N, E, C)
+    full = torch.zeros(len(tokens), len(experts)).scatter(1, chosen, weights)  # (N, E): zero where not chosen
+    outputs = torch.stack([expert(tokens) for expert in experts], dim=1)  # (N, E, C)
     return (full.unsqueeze(-1) * outputs).sum(1)
 
 # %% [markdown]
@@ -248,8 +248,8 @@ def moe_token_loop(experts, tokens, weights, chosen):
 # runs once. With six tokens:
 
 # %% id="moe-sort-by-hand"
-order = chosen.argsort(stable=True)                                     # token numbers, grouped by expert
-load = chosen.bincount(minlength=4).tolist()                            # how many tokens each expert has
+order = chosen.argsort(stable=True)  # token numbers, grouped by expert
+load = chosen.bincount(minlength=4).tolist()  # how many tokens each expert has
 print("expert of each token", chosen.tolist())
 print("tokens in order     ", order.tolist(), " slices:", load)
 assert chosen[order].tolist() == sorted(chosen.tolist()) and sum(load) == 6
@@ -278,13 +278,13 @@ def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor, chos
 
     The N * k visits are sorted by expert, so that the rows of an expert are one slice.
     """
-    visits = chosen.flatten()                                           # (N * k,)
+    visits = chosen.flatten()  # (N * k,)
     order = visits.argsort(stable=True)
-    token_of = order // chosen.size(1)                                  # the token behind each sorted visit
+    token_of = order // chosen.size(1)  # the token behind each sorted visit
     load = visits.bincount(minlength=len(experts)).tolist()
-    slices = tokens.index_select(0, token_of).split(load)               # one (load, C) for each expert
+    slices = tokens.index_select(0, token_of).split(load)  # one (load, C) for each expert
     y = torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)])
-    y = y * weights.flatten().index_select(0, order).unsqueeze(-1)      # (N * k, C)
+    y = y * weights.flatten().index_select(0, order).unsqueeze(-1)  # (N * k, C)
     return torch.zeros_like(tokens).index_add(0, token_of, y.to(tokens.dtype))
 
 # %% [markdown]
@@ -317,8 +317,8 @@ class MoE(nn.Module):
         self.router_logits: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(0, -2)                                       # (N, C)
-        self.router_logits = self.gate(tokens)                          # (N, E)
+        tokens = x.flatten(0, -2)  # (N, C)
+        self.router_logits = self.gate(tokens)  # (N, E)
         weights, chosen = route(self.router_logits, self.num_experts_per_tok, self.norm_topk_prob)
         return dispatch(self.experts, tokens, weights.to(x.dtype), chosen).view_as(x)
 
@@ -394,12 +394,12 @@ if importlib.util.find_spec("transformers"):
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, load_balancing_loss_func
 
     config = Qwen3MoeConfig(hidden_size=32, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
-    config._experts_implementation = "eager"                                       # their plain version, experts one by one
+    config._experts_implementation = "eager"  # their plain version, experts one by one
     theirs = Qwen3MoeSparseMoeBlock(config)
     with torch.no_grad():
         theirs.gate.weight.copy_(moe.gate.weight)
         gate_up = [torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in moe.experts]
-        theirs.experts.gate_up_proj.copy_(torch.stack(gate_up))                    # (E, 2 I, C)
+        theirs.experts.gate_up_proj.copy_(torch.stack(gate_up))  # (E, 2 I, C)
         theirs.experts.down_proj.copy_(torch.stack([e.down_proj.weight for e in moe.experts]))
 else:
     theirs = None
@@ -448,9 +448,9 @@ def load_balancing_loss(
     Face does. attention_mask (B, T), 1 = real, leaves padding out. Fedus et al. 2021, equations 4-6.
     """
     layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
-    logits = torch.cat(layers)                                          # (L * N, E)
+    logits = torch.cat(layers)  # (L * N, E)
     probs = logits.softmax(-1, dtype=torch.float32)
-    chosen = probs.topk(top_k, dim=-1).indices                          # (L * N, top_k)
+    chosen = probs.topk(top_k, dim=-1).indices  # (L * N, top_k)
     real = torch.ones_like(probs[:, 0])
     if attention_mask is not None:
         real = attention_mask.flatten().to(probs.dtype).repeat(len(layers))
@@ -499,7 +499,7 @@ texts = list(islice(read_texts(chapter.read("data") / "pretrain" / "train.jsonl.
 words = [word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)]
 vocabulary = ["(rare)"] + [word for word, _ in Counter(words).most_common(511)]
 number = {word: i for i, word in enumerate(vocabulary)}
-stream = torch.tensor([number.get(word, 0) for word in words])          # all texts, one after the other
+stream = torch.tensor([number.get(word, 0) for word in words])  # all texts, one after the other
 print(f"{len(stream):,} words; the commonest:", vocabulary[1:8])
 
 # %% [markdown]
@@ -519,8 +519,8 @@ class WordModel(nn.Module):
         self.out = nn.Linear(C, V, bias=False)
 
     def forward(self, now, before):
-        x = F.rms_norm(self.now(now) + self.before(before) + self.common, (64,))   # (N, C), scaled to size 1
-        return self.out(F.rms_norm(x + self.feed_forward(x), (64,)))               # (N, V)
+        x = F.rms_norm(self.now(now) + self.before(before) + self.common, (64,))  # (N, C), scaled to size 1
+        return self.out(F.rms_norm(x + self.feed_forward(x), (64,)))  # (N, V)
 
 # %% [markdown]
 # Training is the loop of chapter 3, with the balance loss added times a coefficient. It also writes down the load of each expert at each step.
@@ -564,7 +564,7 @@ check("experts/dead_with_balance", (last[0.1] < 0.01).sum())
 # %% id="moe-dying-picture"
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
 for ax, (c, (_, _, loads)) in zip(axes, runs.items()):
-    smooth = loads.unfold(0, min(10, len(loads)), 1).mean(-1)                      # mean over 10 steps
+    smooth = loads.unfold(0, min(10, len(loads)), 1).mean(-1)  # mean over 10 steps
     ax.stackplot(range(len(smooth)), smooth.T, colors=plt.get_cmap("cividis")(torch.linspace(0, 1, 8).numpy()), edgecolor="white", lw=0.4)
     ax.set(xlabel="step", title=f"balance coefficient {c}", ylim=(0, 1))
     ax.grid(False)
@@ -586,9 +586,9 @@ show(fig, "Expert load over training, one band for each expert: without the bala
 model = runs[0.1][0]
 with torch.no_grad():
     model(stream[1:], stream[:-1])
-choice = model.feed_forward.router_logits.argmax(-1)                    # (words - 1,): the expert of each position
+choice = model.feed_forward.router_logits.argmax(-1)  # (words - 1,): the expert of each position
 table = torch.zeros(512, 8).index_put_((stream[1:], choice), torch.ones(len(choice)), accumulate=True)
-table = table / table.sum(1, keepdim=True).clamp(min=1)                 # (512, 8): each row sums to 1
+table = table / table.sum(1, keepdim=True).clamp(min=1)  # (512, 8): each row sums to 1
 common = table[1:33]
 rows = common.argmax(1).argsort(stable=True)
 
@@ -677,7 +677,7 @@ def dispatch_wrong(experts, tokens, weights, chosen):
     order = chosen.flatten().argsort(stable=True)
     load = chosen.flatten().bincount(minlength=len(experts)).tolist()
     parts = [expert(part) for expert, part in zip(experts, tokens[order].split(load))]
-    return torch.cat(parts) * weights[order]                            # still in sorted order
+    return torch.cat(parts) * weights[order]  # still in sorted order
 
 
 with torch.no_grad():

@@ -142,7 +142,7 @@ class RMSNorm(nn.Module):
 # %% id="model-rmsnorm-check"
 norm, vectors = RMSNorm(160), torch.randn(5, 160)
 torch.testing.assert_close(norm(vectors), vectors / (vectors.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
-torch.testing.assert_close(norm(1000 * vectors), norm(vectors), atol=1e-4, rtol=1e-4)   # the size of the input does not matter
+torch.testing.assert_close(norm(1000 * vectors), norm(vectors), atol=1e-4, rtol=1e-4)  # the size of the input does not matter
 
 # %% [markdown]
 # **Exercise 7.1 (10 min, ★).** Write `RMSNorm`. LayerNorm also subtracts the mean. Find a vector for which the two agree, and one for which they do not.
@@ -284,7 +284,7 @@ def full_mask(attention_mask: Tensor | None, past: int, input_ids: Tensor) -> Te
         return None
     if attention_mask is not None and attention_mask.dim() == 4:
         return attention_mask
-    mask = causal_mask(T, past + T).to(input_ids.device)[None, None]    # (1, 1, T, S)
+    mask = causal_mask(T, past + T).to(input_ids.device)[None, None]  # (1, 1, T, S)
     if attention_mask is None:
         return mask
     if attention_mask.shape != (input_ids.size(0), past + T):
@@ -337,7 +337,7 @@ class Decoder(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None, kv_cache=None,
     ) -> Tensor:
-        x = self.embed_tokens(input_ids)                                # (B, T, C)
+        x = self.embed_tokens(input_ids)  # (B, T, C)
         x = x.to(working_dtype(x))  # one cast here instead of one in every matrix product
         past = kv_cache.length if kv_cache is not None else 0
         rotate = self.rotation(position_ids, past, x)
@@ -358,6 +358,32 @@ class Decoder(nn.Module):
         return lambda q, k: (apply_rope(q, cos, sin), apply_rope(k, cos, sin))
 
 # %% [markdown]
+# Weights start as draws from one normal distribution, whose spread is `initializer_range`; norms start at 1.
+
+# %% id="model-initialise"
+#| export
+def initialise(module: nn.Module, spread: float) -> None:
+    """Draw every matrix from a normal distribution with standard deviation spread; vectors (norms) stay as they are."""
+    for parameter in module.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=spread)
+
+# %% [markdown]
+# With experts, the balance loss of chapter 6 is taken over the router logits of all layers. Padding is left out, or it would count as tokens that love one expert.
+
+# %% id="model-balance-loss"
+#| export
+def balance_loss(decoder: Decoder, attention_mask: Tensor | None, x: Tensor) -> Tensor:
+    """Balance loss of the last forward pass, a scalar; 0 for a dense model. x (B, T, C) is its result."""
+    config = decoder.config
+    if not config.num_experts:
+        return torch.zeros((), device=x.device)
+    is_padding = attention_mask is not None and attention_mask.shape == x.shape[:2]
+    router_logits = [layer.mlp.router_logits for layer in decoder.layers]
+    mask = attention_mask if is_padding else None
+    return load_balancing_loss(router_logits, config.num_experts, config.num_experts_per_tok, mask)
+
+# %% [markdown]
 # The model adds the output layer. In small models a third or more of the weights would be in the two V × C matrices at both ends, so they share one (**tied embeddings**, Press and Wolf 2017): the vector that stands for a word when
 # reading is the vector that scores it when writing.
 
@@ -373,13 +399,7 @@ class MiniMind(nn.Module):
         # Tied models reuse the embedding as the output layer, so they own one matrix, not two.
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.aux_loss: Tensor | None = None
-        self.initialise()
-
-    def initialise(self) -> None:
-        """All matrices from a normal distribution with standard deviation initializer_range; norms stay 1."""
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=self.config.initializer_range)
+        initialise(self, config.initializer_range)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
@@ -391,20 +411,9 @@ class MiniMind(nn.Module):
         position_ids (T,) or (B, T); by default they count on from what kv_cache already holds.
         """
         x = self.model(input_ids, attention_mask, position_ids, kv_cache)
-        self.aux_loss = self.balance_loss(attention_mask, x)
-        return F.linear(x, self.output_weight)
-
-    @property
-    def output_weight(self) -> Tensor:
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-
-    def balance_loss(self, attention_mask: Tensor | None, x: Tensor) -> Tensor:
-        config = self.config
-        if not config.num_experts:
-            return torch.zeros((), device=x.device)
-        padding = attention_mask if attention_mask is not None and attention_mask.shape == x.shape[:2] else None
-        router_logits = [layer.mlp.router_logits for layer in self.model.layers]
-        return load_balancing_loss(router_logits, config.num_experts, config.num_experts_per_tok, padding)
+        self.aux_loss = balance_loss(self.model, attention_mask, x)
+        output = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return F.linear(x, output.weight)
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
@@ -432,7 +441,7 @@ ids = torch.randint(0, 2048, (2, 40))
 changed = ids.clone()
 changed[:, 25] = (changed[:, 25] + 1) % 2048
 with torch.no_grad():
-    difference = (model(ids) - model(changed)).abs().amax((0, 2))       # (T,)
+    difference = (model(ids) - model(changed)).abs().amax((0, 2))  # (T,)
 assert difference[:25].max() < 1e-5 and difference[25:].min() > 1e-4
 
 # %% id="model-causality-picture"
@@ -601,14 +610,14 @@ def activation_bytes(config: ModelConfig, number: int, norm: int) -> int:
     """Bytes that autograd keeps for one token; `number` a value, `norm` a value that goes through a norm."""
     C, V = config.hidden_size, config.vocab_size
     q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = (norm + number) * C + number * (3 * q + 2 * k)          # norm, its output; q, output twice; k, v
+    attention = (norm + number) * C + number * (3 * q + 2 * k)  # norm, its output; q, output twice; k, v
     if config.qk_norm:
         attention += norm * (q + k)
     feed_forward = (norm + number) * C + 4 * number * config.intermediate_size
     if config.num_experts:
         visits = config.num_experts_per_tok
         feed_forward = (norm + number) * C + visits * number * (4 * config.moe_intermediate_size + 2 * C)
-    output = (norm + number) * C + 4 * V                                # log-softmax in float32
+    output = (norm + number) * C + 4 * V  # log-softmax in float32
     return config.num_hidden_layers * (attention + feed_forward) + output
 
 # %% id="model-memory"
@@ -630,9 +639,9 @@ def training_memory(
     memory = {
         "parameters": parameters,
         "gradients": parameters,
-        "optimizer": 2 * parameters,                                    # Adam's two running averages
+        "optimizer": 2 * parameters,  # Adam's two running averages
         "activations": copies + batch * T * activation_bytes(config, number, 8 if device == "cpu" else number),
-        "loss": batch * T * 8 * config.vocab_size,                      # gradient of logits, in and out of softmax
+        "loss": batch * T * 8 * config.vocab_size,  # gradient of logits, in and out of softmax
     }
     return memory | {"total": sum(memory.values())}
 
@@ -647,7 +656,7 @@ def kept_bytes(model, loss_of):
     def pack(tensor):
         memory = tensor.untyped_storage()
         if memory.data_ptr() not in own:
-            kept[memory.data_ptr()] = memory                            # holding it keeps its address from being reused
+            kept[memory.data_ptr()] = memory  # holding it keeps its address from being reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -813,6 +822,7 @@ def save_model(model: MiniMind, folder: Path) -> None:
     leaves either the old model or the new one. Other files in the folder (tokenizer) are kept.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    recover(folder)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         if folder.is_dir():
@@ -826,14 +836,22 @@ def save_model(model: MiniMind, folder: Path) -> None:
 
 
 def replace_folder(draft: Path, folder: Path) -> None:
-    """Put draft in the place of folder. Two renames: in between, the old one lies beside it as .NAME.old."""
+    """Put draft in the place of folder, by two renames; in between, the old one lies beside it as .NAME.old."""
     draft.chmod(0o755)  # mkdtemp makes it private
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         os.replace(folder, old)
     os.replace(draft, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Bring back the old folder if a save was killed between its two renames; remove it if it was killed after them."""
+    old = folder.with_name(f".{folder.name}.old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.is_dir():
+        os.replace(old, folder)
 
 # %% [markdown]
 # Loading is strict: every weight of the model must be in the file, with its shape, and nothing else.
@@ -842,11 +860,12 @@ def replace_folder(draft: Path, folder: Path) -> None:
 #| export
 def load_model(folder: Path) -> MiniMind:
     """A model from a Hugging Face folder. Raises ValueError or FileNotFoundError that names the file or the weight."""
+    recover(folder)
     path = folder / "model.safetensors"
     for needed in (folder / "config.json", path):
         if not needed.is_file():
             raise FileNotFoundError(f"{needed} is missing: {folder} is not a model folder")
-    config = config_from_json(json.loads((folder / "config.json").read_text()), str(folder / "config.json"))
+    config = read_config(folder / "config.json")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -855,6 +874,13 @@ def load_model(folder: Path) -> MiniMind:
     check_weights(model.state_dict(), tensors, path)
     model.load_state_dict(tensors)
     return model
+
+
+def read_config(path: Path) -> ModelConfig:
+    try:
+        return config_from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}): save the model again") from error
 
 
 def check_weights(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
@@ -891,7 +917,7 @@ for family, changes in families.items():
     set_seed(3)
     ours = MiniMind(ModelConfig(**small, **changes))
     ours.save_pretrained(folder / family)
-    with redirect_stderr(StringIO()):                                   # their progress bars
+    with redirect_stderr(StringIO()):  # their progress bars
         theirs = AutoModelForCausalLM.from_pretrained(folder / family)
         theirs.save_pretrained(folder / f"{family}-theirs")
     back = MiniMind.from_pretrained(folder / f"{family}-theirs")
@@ -942,7 +968,7 @@ with torch.no_grad():
     for layer in swapped.model.layers:
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight.copy_(to_interleaved(projection.weight, 16))
-difference = (swapped(ids) - before).detach().abs().amax((0, 2))        # (T,)
+difference = (swapped(ids) - before).detach().abs().amax((0, 2))  # (T,)
 print("position 0:", difference[0].item(), " last position:", difference[-1].item())
 assert difference[0] < 1e-5 < difference[-1]
 
