@@ -15,7 +15,7 @@ import yaml
 
 from course.artifacts import home
 
-MODELS = ("tiny", "minimind2-small", "minimind3", "minimind3-moe")  # the presets of minimind.model.ModelConfig
+MODELS = ("tiny", "tiny-moe", "minimind2-small", "minimind3", "minimind3-moe")  # the presets of minimind.model.ModelConfig
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "cuda")
 KEYS = ("name", "machine", "model", "precision", "device", "data", "budget", "world", "chapters", "expected", "seconds")
@@ -209,7 +209,7 @@ def _check(raw: dict, file: str, root: Path) -> Profile:
     bands = {}
     for name, band in section("expected").items():
         where = f"expected: {name}"
-        if not re.fullmatch(r"[a-z0-9_]+(/[a-z0-9_]+)+", name):
+        if not re.fullmatch(r"[a-z0-9_-]+(/[a-z0-9_-]+)+", name):
             fail(where, "expected a name such as pretrain/bits_per_byte")
         if not isinstance(band, list) or len(band) != 2 or band == [None, None]:
             fail(where, f"expected [low, high] with null for an open end, found {band!r}")
