@@ -188,6 +188,7 @@ class Run:
         chapters = self.state["chapters"]
         done = [name for name in chapters if chapters[name]["status"] == "done"]
         self._headline(len(done))
+        self._describe_machine()
         self._save(status="running")
         for name in chapters:
             if name in done:
@@ -234,6 +235,15 @@ class Run:
         self._save(kernel=None)
         self._totals()
         self._report()
+
+    def _describe_machine(self) -> None:
+        """Let a process of its own write down what this machine is, while the first chapter starts: it needs torch, and this one does not."""
+        code = (
+            "import sys; from pathlib import Path; from course import artifacts, machine; artifacts.write_json(Path(sys.argv[1]), machine.describe())"
+        )
+        path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), str(self.root)])
+        command = [sys.executable, "-c", code, str(self.folder / "machine.json")]
+        subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def environment(self) -> dict[str, str]:
         """What the chapters are told."""
@@ -453,7 +463,7 @@ def clock(seconds: float) -> str:
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes} min" + f" {rest:02} s" * bool(rest) if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _keep_profile(folder: Path, profile: Profile) -> None:
