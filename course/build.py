@@ -340,6 +340,13 @@ def execute(chapters: list[str], profile: str) -> Path:
     return artifacts.runs() / name
 
 
+def refuse_partial_run(run: Path) -> None:
+    """The book shows results of the profile as it stands: not those of a run with --max-steps, --set or other data."""
+    state = read_notebook(run / "state.json") or {}
+    if state.get("bands") is False:
+        raise BuildError([f"{run}:1: this run had --max-steps, --set or --data; the book keeps outputs of plain runs only"])
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("chapters", nargs="*", help="numbers, ranges or names (4, 4-8, 04_attention); all if none is given")
     what = parser.add_mutually_exclusive_group()
@@ -381,6 +388,8 @@ def run_build(args: argparse.Namespace) -> int:
         run = execute(pick(ROOT, args.chapters) or [], args.profile)
     elif run and not args.chapters:
         args.chapters = [path.stem for path in sorted(run.glob("[0-9][0-9]_*.ipynb"))]
+    if run:
+        refuse_partial_run(run)
     made = build(ROOT, args.chapters, args.draft, run, args.profile)
     changed = save(made)
     for path in changed:

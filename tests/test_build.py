@@ -399,6 +399,17 @@ def test_outputs_of_another_source_or_a_failed_run_are_refused(book):
         build.build(book, ["2"], run=folder)
 
 
+def test_outputs_of_a_run_cut_short_are_refused(book, monkeypatch, capsys):
+    build.save(build.build(book))
+    monkeypatch.setattr(build, "ROOT", book)
+    folder = run_of(book)
+    (folder / "state.json").write_text('{"bands": false}')
+    arguments = Namespace(check=False, execute=False, from_run=folder, chapters=[], draft=False, profile="cpu")
+    assert build.main(arguments) == 1 and "--max-steps" in capsys.readouterr().err
+    (folder / "state.json").write_text('{"bands": true}')
+    assert build.main(arguments) == 0
+
+
 def test_a_notebook_over_the_limit_is_refused(book, monkeypatch):
     build.save(build.build(book))
     folder = run_of(book, outputs_of={"alpha-try": [stream("x" * 600_000)]})
