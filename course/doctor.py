@@ -71,6 +71,24 @@ def chapter_times(profile) -> dict[str, float | None]:
     return {name: profile.seconds.get(name) for name in sorted(profile.chapters)}
 
 
+def measured_here(profile: str) -> dict[str, dict]:
+    """Seconds and bytes of each chapter in the newest plain run of a profile on this machine."""
+    from course import artifacts
+
+    found: dict[str, tuple[float, dict]] = {}
+    for path in artifacts.runs().glob("*/state.json"):
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            if path.parent.is_symlink() or state["profile"] != profile or not state["bands"]:
+                continue
+            for name, entry in state["chapters"].items():
+                if entry["status"] == "done" and entry["started"] >= found.get(name, (0, {}))[0]:
+                    found[name] = entry["started"], {"seconds": entry["seconds"], "memory_bytes": entry["peak_memory_bytes"]}
+        except (OSError, ValueError, KeyError, TypeError):  # a run that is being written, or of an older version
+            continue
+    return {name: values for name, (_, values) in sorted(found.items())}
+
+
 def training_sizes(profile, chapter: str) -> dict | None:
     """Batch, context, steps of a chapter's training run, if its sizes in the profile have these names."""
     sizes = profile.chapters.get(chapter, {})
@@ -136,7 +154,7 @@ def examine(wanted: str | None = None) -> dict:
     name, why = machine.fitting_profile(found)
     shown = wanted or name
     report = {"machine": found, "problems": problems(found, absent), "remarks": remarks(found),
-              "profile": name, "why": why, "shown": shown, "profiles": {}, "chapters": {}, "notes": []}  # fmt: skip
+              "profile": name, "why": why, "shown": shown, "profiles": {}, "chapters": {}, "measured": {}, "notes": []}  # fmt: skip
     if importlib.util.find_spec("yaml") is None:
         report["notes"].append("the profiles cannot be read before the libraries are there")
         return report
@@ -153,6 +171,7 @@ def examine(wanted: str | None = None) -> dict:
                  "limit_gb": profile.budget.get("memory_gb"), "memory_gb": None, "training": {}}  # fmt: skip
         if each == shown:
             report["chapters"] = chapter_times(profile)
+            report["measured"] = measured_here(each)
         device = "cuda" if each in ("t4", "gpu") and found["gpu"] else "cpu"
         try:
             training = predict(profile, found)
@@ -203,15 +222,16 @@ def write_report(report: dict) -> str:
     if report["chapters"]:
         name, entry = report["shown"], report["profiles"].get(report["shown"], {})
         where = "the GPU's data sheet" if name in DATASHEET and not m["gpu"] else "this machine"
-        lines += ["", f"Chapters at {name}: time measured when the profile was made; training predicted for {where}"]
+        lines += ["", f"Chapters at {name}; training is predicted for {where}", f"  {'':22} {'expected':>9} {'last run here':>19}"]
         for chapter, seconds in report["chapters"].items():
-            training = entry.get("training", {}).get(chapter)
-            told = f"   {TRAINING[chapter]}: {training['tokens'] / 1e6:.1f}M tokens, about {duration(training['seconds'])}, " \
+            training, here = entry.get("training", {}).get(chapter), report["measured"].get(chapter)
+            last = f"{duration(here['seconds'])}, {here['memory_bytes'] / machine.GB:.2f} GB" if here else "-"
+            told = f"   {TRAINING[chapter]}: {training['tokens']:,} tokens, about {duration(training['seconds'])}, " \
                    f"{training['memory_bytes'] / machine.GB:.2f} GB" if training else ""  # fmt: skip
-            lines.append(f"  {chapter:22} {duration(seconds):>7}{told}")
-        known = [s for s in report["chapters"].values() if s is not None]
-        if known:
-            lines.append(f"  {'together':22} {duration(sum(known)):>7}")
+            lines.append(f"  {chapter:22} {duration(seconds):>9} {last:>19}{told}")
+        totals = [[s for s in some if s is not None] for some in (report["chapters"].values(), [h["seconds"] for h in report["measured"].values()])]
+        if any(totals):
+            lines.append(f"  {'together':22} " + " ".join(f"{duration(sum(some) if some else None):>{w}}" for some, w in zip(totals, (9, 19))))
     for note in report["notes"]:
         lines += ["", f"Note: {note}"]
     for remark in report["remarks"]:

@@ -121,7 +121,7 @@ def test_a_healthy_machine_passes_and_learns_what_to_do_next(laptop, capsys):
     assert "Profile cpu fits" in out and "Next: make course" in out and "PROBLEM" not in out
     for name in ("smoke", "cpu", "t4", "gpu"):
         assert f"\n  {name} " in out
-    assert "04_attention              55 s" in out and "pretraining: 0.4M tokens, about" in out
+    assert "04_attention                55 s" in out and "pretraining: 409,600 tokens, about" in out
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,25 @@ def test_memory_and_time_come_from_the_formulas_of_chapter_07():
     assert run["seconds"] == pytest.approx(run["tokens"] * flops_per_token(config, 256) / (1e11 * doctor.CPU_SHARE["tiny"]))
     assert doctor.predict(Sized(), LAPTOP | {"bf16": "emulated"})["09_pretraining"]["precision"] == "fp32"
     assert doctor.predict(Sized(), LAPTOP)["09_pretraining"]["seconds"] is None
+
+
+def test_times_of_the_last_run_here_are_shown(laptop, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MINIMIND_RUNS", str(tmp_path))
+    chapter = {"status": "done", "seconds": 60.0, "peak_memory_bytes": 1_500_000_000}
+    runs = {
+        "old": {"profile": "cpu", "bands": True, "chapters": {"04_attention": chapter | {"started": 1, "seconds": 70.0}}},
+        "new": {"profile": "cpu", "bands": True, "chapters": {"04_attention": chapter | {"started": 2}}},
+        "short": {"profile": "cpu", "bands": False, "chapters": {"04_attention": chapter | {"started": 3, "seconds": 1.0}}},
+        "other": {"profile": "smoke", "bands": True, "chapters": {"04_attention": chapter | {"started": 4, "seconds": 2.0}}},
+        "torn": {"profile": "cpu"},
+    }
+    for name, state in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text(json.dumps(state))
+    (tmp_path / "torn" / "state.json").write_text('{"profile')
+    assert doctor.measured_here("cpu") == {"04_attention": {"seconds": 60.0, "memory_bytes": 1_500_000_000}}
+    assert doctor.main(Namespace(profile=None, json=False)) == 0
+    assert "60 s, 1.50 GB" in capsys.readouterr().out
 
 
 def test_a_broken_profile_is_a_problem(laptop, monkeypatch):
