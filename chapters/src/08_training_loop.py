@@ -19,31 +19,31 @@ profile = "cpu"
 #| default_exp train
 
 # %% [markdown]
-# The whole chapter in one picture: the blue boxes are the six lines that you start from, the orange ones are what you add.
+# The whole chapter in one picture: the solid boxes are the six lines that you start from, the dashed ones are what you add.
 
 # %% id="train-map"
 import matplotlib.pyplot as plt
 
-boxes = [
-    ("batch\n[step]", "C0"), ("loss\n(16 bit)", "C0"), ("scale the\nloss", "C1"), ("gradient", "C0"), ("add up micro-\nbatches", "C1"),
-    ("clip", "C1"), ("schedule:\nrate(step)", "C1"), ("optimiser\nstep", "C0"), ("checkpoint", "C1"),
-]  # fmt: skip
+labels = ["batch\n[step]", "loss", "times\nscale", "gradient", "add up", "clip", "rate\n(step)", "update", "check-\npoint"]
+added = {"times\nscale", "add up", "clip", "rate\n(step)", "check-\npoint"}
 fig, ax = plt.subplots(figsize=(7, 1.5))
-for x, (label, colour) in enumerate(boxes):
-    ax.text(x, 0, label, ha="center", va="center", fontsize=7.5, bbox=dict(boxstyle="round,pad=0.35", fc="white", ec=colour, lw=1.6))
-    if x:
-        ax.annotate("", (x - 0.36, 0), (x - 0.62, 0), arrowprops=dict(arrowstyle="->", lw=1))
-ax.annotate("", (0, 0.35), (8, 0.35), arrowprops=dict(arrowstyle="->", lw=1, connectionstyle="arc3,rad=0.12"))
-ax.text(4, 1.25, "next step", ha="center", fontsize=8)
-ax.set(xlim=(-0.6, 8.6), ylim=(-0.6, 1.5))
+for x, label in enumerate(labels):
+    box = dict(boxstyle="round,pad=0.4", fc="white", ec="C1" if label in added else "C0", lw=2, ls="--" if label in added else "-")
+    ax.text(x, 0, label, ha="center", va="center", fontsize=8, bbox=box)
+ax.annotate("", (0, 0.5), (8, 0.5), arrowprops=dict(arrowstyle="->", connectionstyle="arc3,rad=0.1"))
+ax.text(4, 1.5, "next step", ha="center", fontsize=8)
+ax.set(xlim=(-0.6, 8.6), ylim=(-0.7, 1.9))
 ax.axis("off")
-show(fig, "One step of the loop, left to right: blue is the plain loop, orange is what this chapter adds.")
+show(fig, "One step of the loop, left to right: solid boxes are the plain loop, dashed ones are what this chapter adds.")
 
 # %% [markdown]
 # ## Six lines that train
 #
 # Chapter 07 left a model whose first loss is ln V: it knows nothing. Training is what changes that.
 # For quick runs we take a small model of three layers and use the bytes of the text as tokens, so that V is 256 and no tokenizer is needed.
+
+# %% [markdown]
+# The module needs only the standard library, NumPy, torch and the seed function of chapter 01:
 
 # %% id="train-imports"
 #| export
@@ -67,13 +67,18 @@ from minimind.data import set_seed
 # A batch is addressed by its number: `batches[5]` is always the same batch.
 # This small rule pays off twice. Any two runs see the same data, and a run that was killed knows where it stood: the data position is the step.
 
-# %% id="train-byte-batches"
+# %% id="train-byte-stream"
+from itertools import islice
+
 from minimind.data import read_texts
 
-texts = [text for text, _ in zip(read_texts(chapter.read("data") / "pretrain" / "train.jsonl.gz"), range(3000))]
+texts = islice(read_texts(chapter.read("data") / "pretrain" / "train.jsonl.gz"), 3000)
 stream = torch.frombuffer(bytearray("\n".join(texts).encode()), dtype=torch.uint8).long()
 
+# %% [markdown]
+# The step number seeds the choice of the rows. `spikes` will later put damaged batches at chosen steps; for now there are none.
 
+# %% id="train-byte-batches"
 class ByteBatches:
     def __init__(self, batch_size=16, context=64, spikes=()):
         self.batch_size, self.context, self.spikes = batch_size, context, spikes
@@ -100,17 +105,25 @@ print(bytes(batches[5]["input_ids"][0].tolist()).decode())
 
 # %% id="train-byte-model"
 from minimind.metrics import cross_entropy
-from minimind.model import MiniMind, ModelConfig
 
 
 def byte_loss(model, batch):
     return cross_entropy(model(batch["input_ids"]), batch["labels"]), {}
 
+# %% [markdown]
+# The model is chapter 07's, only smaller. `set_seed` makes every new model start from the same weights, so that two runs differ only in what we change.
+
+# %% id="train-small-model"
+from minimind.model import MiniMind, ModelConfig
+
+SMALL = dict(
+    vocab_size=256, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=160
+)
+
 
 def new_model(seed=0):
     set_seed(seed)
-    small = dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=160)
-    return MiniMind(ModelConfig.preset("minimind2-small", vocab_size=256, max_position_embeddings=256, **small))
+    return MiniMind(ModelConfig.preset("minimind2-small", **SMALL))
 
 # %% [markdown]
 # Now the six lines. **Before you run this:** the first loss is known. Is it near 4, 5.5 or 8?
@@ -128,14 +141,21 @@ print(f"first loss {losses[0]:.2f}, ln 256 = {math.log(256):.2f}, last loss {los
 assert abs(losses[0] - math.log(256)) < 0.2
 
 # %% [markdown]
-# It learns. But look at the curve: it falls fast to about 3.1 and then hangs there for a long time.
-# At 3.1 the model only knows how frequent each byte is. The rest of this chapter asks what that plateau costs, and what else goes wrong.
+# It learns. But the curve below falls fast to about 3.1 and then hangs there for a long time.
+# How low can a model come that knows only how frequent each byte is? That is the entropy of the byte counts (chapter 03):
+
+# %% id="train-entropy"
+frequency = torch.bincount(stream).double() / len(stream)
+entropy = -torch.special.xlogy(frequency, frequency).sum().item()
+print(f"byte frequencies alone: {entropy:.2f} nats")
+trained = model  # used again below
+
+# %% [markdown]
+# The plateau stands exactly there. The rest of this chapter asks what it costs to leave it late, and what else goes wrong.
 
 # %% id="train-plain-figure"
 fig, ax = plt.subplots(figsize=(7, 2.6))
 ax.plot(losses)
-counts = torch.bincount(stream, minlength=256).float()
-entropy = -(counts / counts.sum() * (counts / counts.sum()).clamp(min=1e-12).log()).sum().item()
 ax.axhline(entropy, color="grey", ls=":")
 ax.text(len(losses), entropy + 0.06, "byte frequencies alone", ha="right", fontsize=8, color="dimgrey")
 ax.set(xlabel="step", ylabel="loss (nats per byte)")
@@ -309,7 +329,7 @@ def token_shares(batches: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
 labels = [torch.tensor([[1, 1, 1, 1]]), torch.tensor([[1, -100, -100, -100]]), torch.tensor([[1, -100, -100, -100]])]
 shares, tokens = token_shares([{"labels": row} for row in labels])
 means = torch.tensor([2.0, 8.0, 8.0])
-print("shares", shares.tolist(), "of", tokens.item(), "tokens:", (means * shares).sum().item(), "instead of", means.mean().item())
+print("by token shares:", (means * shares).sum().item(), "  mean of means:", means.mean().item())
 assert (means * shares).sum() == 4 and tokens == 6
 
 # %% [markdown]
@@ -323,7 +343,10 @@ def ragged(batch, lengths=(64, 16, 8, 4)):
         rows[:, length:] = -100
     return {"input_ids": batch["input_ids"], "labels": labels}
 
+# %% [markdown]
+# `cut` makes the micro-batches. `gradient` adds up the gradients of some parts, each with its weight, as one long vector.
 
+# %% id="train-cut"
 def cut(batch, parts=4):
     return [dict(zip(batch, rows)) for rows in zip(*(tensor.chunk(parts) for tensor in batch.values()))]
 
@@ -343,7 +366,7 @@ parts, whole = cut(batch), gradient(new_model(), [batch], [1.0])
 right = gradient(new_model(), parts, token_shares(parts)[0])
 wrong = gradient(new_model(), parts, [1 / 4] * 4)
 error = lambda g: ((g - whole).norm() / whole.norm()).item()
-print(f"distance from the gradient of the whole batch: token shares {error(right):.1e}, mean of means {error(wrong):.0%}")
+print(f"relative error: token shares {error(right):.0e}, mean of means {error(wrong):.0%}")
 assert error(right) < 1e-4 < error(wrong)
 
 # %% [markdown]
@@ -364,7 +387,10 @@ def accumulate(weigh, steps):
         curve.append(sum(loss.item() * share for loss, share in zip(losses, token_shares(parts)[0].tolist())))
     return curve
 
+# %% [markdown]
+# `weigh` is the only difference between the three:
 
+# %% id="train-accumulation-three"
 steps = chapter.steps(chapter.size.accumulation_steps)
 runs = {
     "one batch of 16": accumulate(None, steps),
@@ -383,8 +409,8 @@ for name in list(runs)[1:]:
 ax.set(xlabel="step", ylabel="difference of loss (nats)")
 ax.legend()
 show(fig, "With token shares the loss stays within rounding of the whole batch; the mean of means trains a different model.")
-drift = {name: np.abs(np.array(curve) - reference).max() for name, curve in runs.items()}
-assert drift["4 x 4, token shares"] < 1e-2 < drift["4 x 4, mean of means"]
+right, wrong = (np.median(np.abs(np.array(runs[name]) - reference)) for name in list(runs)[1:])
+assert right < 1e-3 and right < wrong / 10
 
 # %% [markdown]
 # Libraries got this wrong for years: the `Trainer` of transformers was repaired in October 2024, after training losses with and without accumulation were seen to differ.
@@ -400,7 +426,7 @@ assert drift["4 x 4, token shares"] < 1e-2 < drift["4 x 4, mean of means"]
 # %% id="train-formats"
 for kind in (torch.float32, torch.bfloat16, torch.float16):
     info = torch.finfo(kind)
-    print(f"{str(kind):15} largest {info.max:8.1e}   smallest normal {info.tiny:8.1e}   next after 1: 1 + {info.eps:.1e}")
+    print(f"{str(kind)[6:]:9} largest {info.max:.0e}, smallest normal {info.tiny:.0e}, after 1 comes 1 + {info.eps:.0e}")
 assert torch.tensor(256, dtype=torch.bfloat16) + 1 == 256  # too few digits to count to 257
 assert torch.tensor(1e-8, dtype=torch.float16) == 0  # too small for its range
 
@@ -441,6 +467,9 @@ def pick_precision(device: torch.device | str, wanted: str = "auto") -> tuple[to
     reason = f"{got}, as asked" if got == wanted else f"{got}: {'this GPU' if gpu else 'this processor'} {REASONS[got]}"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[got], reason
 
+# %% [markdown]
+# On this machine:
+
 # %% id="train-pick-precision-table"
 for wanted in ("auto", "bf16", "fp16", "fp32"):
     print(f"{wanted:5} -> {pick_precision(chapter.device, wanted)[1]}")
@@ -468,7 +497,7 @@ class Half(torch.autograd.Function):
 seen = []
 
 # %% [markdown]
-# The setting: this batch is one of 256 micro-batches, so its loss is divided by 256. We look at all gradients that arrive at the logits.
+# The setting: this batch is one of 256 micro-batches, so its loss is divided by 256. We take the model from the plain loop and look at all gradients that arrive at its logits.
 
 # %% id="train-gradient-sizes"
 def half_loss(model, batch, share=1 / 256, scale=1.0):
@@ -476,12 +505,12 @@ def half_loss(model, batch, share=1 / 256, scale=1.0):
     return cross_entropy(logits, batch["labels"]) * share * scale
 
 
-half_loss(new_model(), batches[0]).backward()
+half_loss(trained, batches[0]).backward()
 sizes = seen.pop()
 lost = (sizes.half() == 0).float().mean().item()
 kept = 1 - ((sizes * 2**16).half() == 0).float().mean().item()
 print(f"{lost:.0%} of the gradients become 0 in float16; scaled by 2^16, {kept:.0%} survive")
-assert lost > 0.5 and kept > 0.95
+assert kept > 0.9 > 0.5 > 1 - lost
 
 # %% [markdown]
 # The same as a picture. Scaling moves the whole hill to the right, into the range that float16 can hold.
@@ -489,7 +518,7 @@ assert lost > 0.5 and kept > 0.95
 # %% id="train-gradient-figure"
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for scale, label in ((1, "as they are"), (2**16, "loss times 65,536")):
-    ax.hist((sizes * scale).clamp(min=1e-12).log10().numpy(), bins=80, histtype="step", lw=1.8, label=label, ls="-" if scale == 1 else "--", color="C0" if scale == 1 else "C1")
+    ax.hist((sizes * scale).clamp(min=1e-16).log10().numpy(), bins=80, histtype="step", lw=1.8, label=label, ls="-" if scale == 1 else "--")
 for edge, name in ((6e-8, "smallest float16"), (65504, "largest")):
     ax.axvline(math.log10(edge), color="grey", ls=":")
     ax.text(math.log10(edge), ax.get_ylim()[1], name, ha="right", va="top", rotation=90, fontsize=8, color="dimgrey")
@@ -502,7 +531,7 @@ show(fig, "Left of the first dotted line a gradient becomes zero in float16; mul
 
 # %% id="train-tiny-scaler"
 class TinyScaler:
-    def __init__(self, scale=2.0**24, patience=10):
+    def __init__(self, scale=2.0**40, patience=10):
         self.scale, self.patience, self.good = scale, patience, 0
 
     def update(self, overflow):
@@ -513,7 +542,7 @@ class TinyScaler:
             self.scale, self.good = self.scale * 2, 0
 
 # %% [markdown]
-# Three runs: float32; float16 without scaling; float16 with our scaler, which starts far too high on purpose.
+# The loop with a scaler in it. The optimiser steps only when every gradient is finite.
 
 # %% id="train-half-runs"
 def half_run(steps, scaler=None, share=1 / 256):
@@ -535,14 +564,17 @@ def half_run(steps, scaler=None, share=1 / 256):
         scales.append(scale)
     return curve, scales
 
+# %% [markdown]
+# The first run is the reference: its loss is not divided, so that hardly anything is lost.
 
+# %% id="train-half-three"
 steps = chapter.steps(chapter.size.half_steps)
 full, _ = half_run(steps, share=1.0)
 unscaled, _ = half_run(steps)
 scaled, scales = half_run(steps, TinyScaler())
 
 # %% [markdown]
-# Without scaling most of the signal is gone. With it, after a few skipped steps, the run follows float32.
+# Without scaling most of the signal is gone. With it the run follows the reference, after a few skipped steps.
 
 # %% id="train-half-figure"
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.7))
@@ -552,7 +584,7 @@ left.set(xlabel="step", ylabel="loss (nats per byte)")
 left.legend(fontsize=8)
 right.semilogy(scales, base=2)
 right.set(xlabel="step", ylabel="scale")
-show(fig, "Left: without scaling float16 learns slower or not at all. Right: the scale halves at each overflow until gradients fit, then rises again.")
+show(fig, "Left: without scaling float16 learns more slowly. Right: the scale starts too high on purpose, halves until the gradients fit, then probes upwards.")
 if len(scaled) > 20:
     assert np.mean(scaled[-5:]) < np.mean(unscaled[-5:])
 
@@ -561,7 +593,7 @@ if len(scaled) > 20:
 
 # %% id="train-scaler-check"
 theirs = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=10)
-ours, point = TinyScaler(), torch.nn.Parameter(torch.zeros(1))
+ours, point = TinyScaler(2.0**24), torch.nn.Parameter(torch.zeros(1))
 sgd = torch.optim.SGD([point], lr=0.1)
 for step in range(60):
     overflow = step in (0, 1, 2, 30)
@@ -614,12 +646,15 @@ def seconds_of_a_loss(rows=chapter.size.logit_rows, repeats=5):
         logits.grad = None
     return best
 
+# %% [markdown]
+# Once with glibc's own choice, once with memory kept:
 
+# %% id="train-keep-memory-compare"
 keep_memory(False)
 returned = seconds_of_a_loss()
 possible = keep_memory()
 kept = seconds_of_a_loss()
-print(f"loss and gradient: memory returned {returned * 1e3:.0f} ms, kept {kept * 1e3:.0f} ms" if possible else "only glibc (Linux) can be told to keep memory")
+print(f"memory returned {returned * 1e3:.0f} ms, kept {kept * 1e3:.0f} ms" if possible else "only glibc (Linux) can do this")
 speedup = check("train/keep_memory_speedup", returned / kept)
 
 # %% [markdown]
@@ -643,6 +678,9 @@ class History:
     seconds: list[float] = field(default_factory=list)  # of training, without evaluation and saving
     tokens_per_second: list[float] = field(default_factory=list)
     evals: list[dict] = field(default_factory=list)  # {"step", "tokens", and what evaluate returned}
+
+# %% [markdown]
+# `Run` holds model, optimiser, scale, step and sums. `state()` turns it into plain tensors and numbers, which is the checkpoint.
 
 # %% id="train-run-state"
 #| export
@@ -736,6 +774,9 @@ def write_log(run: Run) -> None:
     history.tokens_per_second.append((now - tokens) / max(run.seconds - seconds, 1e-9))
     run.window, run.window_start = {}, (run.step, now, run.seconds)
 
+# %% [markdown]
+# An evaluation must not disturb the training: evaluation mode on, gradients off, the clock stopped, and all of it undone afterwards.
+
 # %% id="train-evaluate"
 #| export
 def write_evaluation(run: Run, evaluate: Callable) -> None:
@@ -812,6 +853,9 @@ def load_checkpoint(folder: str | Path) -> dict:
     except Exception as error:  # torch raises several types for a damaged file
         raise CheckpointError(f"{path}: truncated or damaged ({path.stat().st_size:,} bytes); delete it and start again") from error
 
+# %% [markdown]
+# Weights are loaded strictly. Missing, unexpected or differently shaped ones are named, before anything is changed.
+
 # %% id="train-load-weights"
 #| export
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -828,6 +872,9 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
         raise CheckpointError(f"checkpoint of another model, {len(wrong)} weights differ, such as\n  " + "\n  ".join(wrong[:3]))
     model.load_state_dict(weights)
 
+# %% [markdown]
+# A schedule of other length or another rate would continue, but not the same run. So other settings are refused, except how often to report and to save.
+
 # %% id="train-same-settings"
 #| export
 def check_same_settings(saved: dict, given: dict) -> None:
@@ -836,6 +883,9 @@ def check_same_settings(saved: dict, given: dict) -> None:
     changed = [f"{key}: {saved[key]!r} then, {given[key]!r} now" for key in given if key not in free and saved.get(key) != given[key]]
     if changed:
         raise CheckpointError("cannot resume with other settings (" + "; ".join(changed) + "); give the same, or start without resume")
+
+# %% [markdown]
+# Putting it all back is the mirror image of `state()`. The random state comes last, since nothing after it may draw a number.
 
 # %% id="train-run-restore"
 #| export
@@ -902,16 +952,20 @@ def train(
 def run(name, batches=batches, **changes):
     config = TrainConfig(**(dict(steps=chapter.steps(chapter.size.steps), learning_rate=5e-3, warmup=0.15, log_every=4, precision="fp32") | changes))
     history = train(new_model(), batches, byte_loss, config)
-    print(f"{name:32} last loss {history.loss[-1]:.2f}   largest mean gradient norm {max(history.grad_norm):5.1f}   {history.seconds[-1]:.1f} s")
+    print(f"{name:30} last loss {history.loss[-1]:.2f}   largest norm {max(history.grad_norm):5.1f}   {history.seconds[-1]:.1f} s")
     return history
 
+# %% [markdown]
+# **Before you run this:** which costs more at the end of 120 steps, no warm-up or no decay?
 
+# %% id="train-warmup-runs"
 everything = run("all features")
 no_warmup = run("no warm-up", warmup=0)
 no_decay = run("no decay", final_lr=1.0)
 
 # %% [markdown]
-# Without warm-up the first steps throw the model into a region from which it needs many steps to find its way out: the plateau of byte frequencies. Decay gains at the end.
+# Without warm-up the loss falls faster at first, and then sits on the plateau of byte frequencies: the large first steps have pushed the weights to a place from which the way out is long.
+# Decay gains nothing here, it may even cost a little: after so few steps the loss still falls steeply, and small steps are slow steps. It pays once the curve is flat (Hu et al. 2024).
 
 # %% id="train-warmup-figure"
 fig, ax = plt.subplots(figsize=(7, 2.8))
@@ -920,7 +974,7 @@ for history, label in ((everything, "all features"), (no_warmup, "no warm-up"), 
 ax.axhline(entropy, color="grey", ls=":")
 ax.set(xlabel="step", ylabel="loss (nats per byte)")
 ax.legend()
-show(fig, "Without warm-up the run sits on the plateau of byte frequencies (dotted) for longer and ends higher.")
+show(fig, "Without warm-up the run sits longer on the plateau of byte frequencies (grey) and ends higher; decay makes little difference in so short a run.")
 warmup_gain = check("train/warmup_gain_nats", no_warmup.loss[-1] - everything.loss[-1])
 
 # %% [markdown]
@@ -965,11 +1019,14 @@ def noisy_loss(model, batch):
     ids = torch.where(noise, torch.randint(256, noise.shape), batch["input_ids"])
     return cross_entropy(model(ids), batch["labels"]), {}
 
+# %% [markdown]
+# Run A in one go, run B to step 12 of 24:
 
+# %% id="train-half-way"
 half_way, resume_config = 12, TrainConfig(steps=24, learning_rate=5e-3, warmup=0.5, log_every=1, precision="fp32")
 model_a = new_model()
 history_a = train(model_a, batches, noisy_loss, resume_config)
-train(new_model(), batches, noisy_loss, resume_config, folder=chapter.work / "half", max_steps=half_way)
+_ = train(new_model(), batches, noisy_loss, resume_config, folder=chapter.work / "half", max_steps=half_way)
 
 # %% [markdown]
 # `finish` continues from that checkpoint, after `change` has damaged one part of it.
@@ -984,7 +1041,10 @@ def finish(change=lambda state: None, batches=batches):
     largest = max((a - b).abs().max().item() for a, b in zip(model_a.parameters(), model.parameters()))
     return history, largest
 
+# %% [markdown]
+# With nothing damaged:
 
+# %% id="train-exact"
 history_b, largest = finish()
 print("largest difference of any weight:", largest)
 assert largest == 0 and history_b.loss == history_a.loss
@@ -1000,7 +1060,10 @@ class Shifted:
     def __getitem__(self, step):
         return batches[step - self.by]
 
+# %% [markdown]
+# Each variant replaces one part of the checkpoint by what a fresh start would have there:
 
+# %% id="train-variants"
 fresh = Run(new_model(), resume_config).state()
 variants = {
     "nothing (exact)": finish(),
@@ -1010,7 +1073,8 @@ variants = {
     "weights": finish(lambda state: state.update(model=fresh["model"])),
 }
 for name, (history, largest) in variants.items():
-    print(f"left out: {name:16} largest difference of a weight {largest:.1e}, of a loss {max(abs(a - b) for a, b in zip(history.loss, history_a.loss)):.1e}")
+    worst = max(abs(a - b) for a, b in zip(history.loss, history_a.loss))
+    print(f"left out: {name:16} largest difference of a weight {largest:.0e}, of a loss {worst:.0e}")
 assert all(largest > 0 for name, (_, largest) in variants.items() if name != "nothing (exact)")
 
 # %% [markdown]
@@ -1032,7 +1096,7 @@ show(fig, f"After the restart at step {half_way}: only the complete checkpoint f
 
 # %% id="train-kill-script"
 script = chapter.work / "run_me.py"
-script.write_text("""import sys, torch
+_ = script.write_text("""import sys, torch
 from minimind.train import TrainConfig, train
 
 class Batches:
@@ -1047,7 +1111,7 @@ def loss_fn(model, batch):  # dropout inside: uses chance
 def run(folder, on_log=None):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Embedding(50, 64), torch.nn.Dropout(0.1), torch.nn.Linear(64, 50))
-    config = TrainConfig(steps=240, log_every=1, save_every=9, precision="fp32")
+    config = TrainConfig(steps=120, log_every=1, save_every=9, precision="fp32")
     return model, train(model, Batches(), loss_fn, config, folder, resume=True, on_log=on_log)
 
 if __name__ == "__main__":
@@ -1072,7 +1136,10 @@ environment = os.environ | {"PYTHONPATH": str(home), "OMP_NUM_THREADS": str(torc
 def start_run(folder):
     return subprocess.Popen([sys.executable, script, folder], stdout=subprocess.PIPE, text=True, env=environment)
 
+# %% [markdown]
+# Start, listen, kill:
 
+# %% id="train-kill-now"
 for name in ("killed", "lived"):
     shutil.rmtree(chapter.work / name, ignore_errors=True)
 victim = start_run(chapter.work / "killed")
@@ -1080,7 +1147,7 @@ for line in victim.stdout:
     if int(line) == 40:
         victim.send_signal(signal.SIGKILL)
         break
-print("ended with signal", -victim.wait(), "at step 40 or soon after; last checkpoint at step", load_checkpoint(chapter.work / "killed")["step"])
+print("ended by signal", -victim.wait(), "- the last checkpoint is of step", load_checkpoint(chapter.work / "killed")["step"])
 assert victim.returncode == -signal.SIGKILL
 
 # %% [markdown]
@@ -1091,7 +1158,7 @@ processes = [start_run(chapter.work / "killed"), start_run(chapter.work / "lived
 printed = [[int(line) for line in process.stdout] for process in processes]
 print("the second start began at step", printed[0][0], "and ended at step", printed[0][-1])
 killed, lived = (load_checkpoint(chapter.work / name) for name in ("killed", "lived"))
-assert killed["step"] == lived["step"] == 240 and killed["history"]["loss"] == lived["history"]["loss"]
+assert killed["step"] == lived["step"] == 120 and killed["history"]["loss"] == lived["history"]["loss"]
 assert all(torch.equal(killed["model"][name], lived["model"][name]) for name in lived["model"])
 assert torch.equal(killed["random"]["torch"], lived["random"]["torch"])
 
@@ -1108,7 +1175,7 @@ assert torch.equal(killed["random"]["torch"], lived["random"]["torch"])
 
 # %% id="train-die-writing"
 dying = chapter.work / "die_writing.py"
-dying.write_text("""import resource, signal, sys, torch
+_ = dying.write_text("""import resource, signal, sys, torch
 from minimind.train import save_checkpoint
 
 kind, folder = sys.argv[1:]
@@ -1120,15 +1187,20 @@ signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel may kill us, without
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 save(folder, {"step": 2, "weights": torch.ones(100_000)})
 """)
+
+# %% [markdown]
+# What is left after each?
+
+# %% id="train-die-compare"
 for kind in ("plain", "ours"):
     ended = subprocess.run([sys.executable, dying, kind, chapter.work / kind], env=environment).returncode
     try:
-        print(f"{kind:5}: killed by signal {-ended}; checkpoint of step {load_checkpoint(chapter.work / kind)['step']} is there")
+        print(f"{kind:5}: ended by signal {-ended}, checkpoint of step {load_checkpoint(chapter.work / kind)['step']} is there")
     except CheckpointError as error:
-        print(f"{kind:5}: killed by signal {-ended}; {error.args[0].split(': ', 1)[1]}")
+        print(f"{kind:5}: ended by signal {-ended}, {str(error).split(': ', 1)[1][:34]}")
 
 # %% [markdown]
-# The plain way destroyed the only copy. Ours still has step 1. A full disk is the same case with an error in place of a kill:
+# The plain way destroyed the only copy. Ours still has step 1. A full disk is the same case with an error in place of a kill; the tests of this course try both.
 
 # %% id="train-safe-write"
 assert load_checkpoint(chapter.work / "ours")["step"] == 1
@@ -1161,7 +1233,7 @@ for model, config in ((wider, resume_config), (new_model(), TrainConfig(steps=48
 # ## Closing
 #
 # - The loop asks for `batches[step]`: any step's data can be had again, so the step is the data position.
-# - Warm-up protects the first steps, decay settles the last ones, clipping caps the damage of a bad batch.
+# - Warm-up protects the first steps, decay settles the last ones of a long run, clipping caps the damage of a bad batch.
 # - Accumulated micro-batches count by their real tokens. float16 needs a scaled loss, bfloat16 does not.
 # - A checkpoint holds weights, optimiser, scale, step and random state. It is written beside the old one and renamed.
 # - `train(model, batches, loss_fn, config)` is the loop of all later chapters.
