@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -17,10 +18,9 @@ from .tokenizer import Tokenizer
 
 # %% ../chapters/03_language_modeling.ipynb #language-cross-entropy
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
-    """Mean of -ln p(label) in nats over all labels but ignore_index.
+    """Mean of -ln p(label) in nats, in float32, over all labels but ignore_index.
 
     logits (B, T, V); labels (B, T), already shifted: labels[b, t] is the target of position t.
-    Computed in float32 whatever the precision of the logits. Raises ValueError where shapes differ.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, not {tuple(labels.shape)}")
@@ -28,49 +28,51 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int 
 
 # %% ../chapters/03_language_modeling.ipynb #language-perplexity
 def perplexity(nats: float) -> float:
-    """e to the mean nats per token: as unsure as a fair choice among so many tokens."""
+    """e to the mean nats per token: as unsure as a fair choice among so many."""
     return math.exp(nats)
 
-
+# %% ../chapters/03_language_modeling.ipynb #language-bits-per-byte
 def bits_per_byte(nats: float, num_bytes: int) -> float:
     """All nats of a text in bits, over its length in UTF-8 bytes."""
     if num_bytes <= 0:
-        raise ValueError(f"num_bytes={num_bytes}: a text must have at least one byte")
+        raise ValueError(f"num_bytes={num_bytes}: a text has at least one byte")
     return nats / math.log(2) / num_bytes
 
 # %% ../chapters/03_language_modeling.ipynb #language-byte-lengths
 def token_byte_lengths(tokenizer: Tokenizer) -> torch.Tensor:
-    """Bytes of text that each token stands for, (V,); 0 for special tokens, which are no text."""
+    """Bytes of text that each token stands for, (V,); 0 for special tokens."""
     lengths = torch.tensor([len(token) for token in tokenizer.token_bytes()])
     lengths[list(tokenizer.special_ids.values())] = 0
     return lengths
 
-# %% ../chapters/03_language_modeling.ipynb #language-evaluate
+# %% ../chapters/03_language_modeling.ipynb #language-total-nats
 @torch.no_grad()
 def total_nats(model: Callable, tokens: torch.Tensor, context: int, batch_size: int, amp: torch.dtype | None) -> float:
-    """Sum of -ln p over every token but the first, each predicted once from at most `context` tokens before it."""
-    device = next((p.device for p in model.parameters()), tokens.device) if isinstance(model, torch.nn.Module) else tokens.device
-    steps = (len(tokens) - 1) // context * context
-    inputs, labels = tokens[:steps].view(-1, context), tokens[1 : steps + 1].view(-1, context)  # (N, T)
-    batches = list(zip(inputs.split(batch_size), labels.split(batch_size)))
-    if steps < len(tokens) - 1:  # the rest, shorter than a window
-        batches.append((tokens[None, steps:-1], tokens[None, steps + 1 :]))
+    """Sum of -ln p over every token but the first, each from at most `context` tokens before it."""
+    parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
+    device = next(parameters, tokens).device
+    whole = (len(tokens) - 1) // context * context
+    inputs, labels = tokens[:whole].view(-1, context), tokens[1 : whole + 1].view(-1, context)  # (N, T)
+    batches = list(zip(inputs.split(batch_size), labels.split(batch_size))) if whole else []
+    if whole < len(tokens) - 1:  # what is left is shorter than a window
+        batches.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
     nats = 0.0
-    for x, y in batches:
+    for ids, labels in batches:
         with torch.autocast(device.type, amp) if amp else nullcontext():
-            logits = model(x.to(device))  # (B, T, V)
-        nats += cross_entropy(logits, y.to(device)).item() * y.numel()
+            logits = model(ids.to(device))  # (B, T, V)
+        nats += cross_entropy(logits, labels.to(device)).item() * labels.numel()
     return nats
 
-
-def evaluate_bits_per_byte(model: Callable, tokens, byte_lengths: torch.Tensor, context: int = 256,
-                           batch_size: int = 32, amp: torch.dtype | None = None) -> float:
+# %% ../chapters/03_language_modeling.ipynb #language-evaluate
+def evaluate_bits_per_byte(
+    model: Callable, tokens: torch.Tensor | np.ndarray, byte_lengths: torch.Tensor,
+    context: int = 256, batch_size: int = 32, amp: torch.dtype | None = None,
+) -> float:  # fmt: skip
     """Bits per byte of `model` on one stream of ids (1-D), read in windows of `context` tokens.
 
-    model: any callable (B, T) ids -> (B, T, V) logits; a module is put in eval mode meanwhile.
-    Document ends are predicted as well, but have no bytes. Raises ValueError for fewer than two tokens.
+    model: any callable from ids (B, T) to logits (B, T, V); a module is in eval mode meanwhile.
     """
-    tokens = torch.as_tensor(tokens, dtype=torch.long) if torch.is_tensor(tokens) else torch.tensor([int(t) for t in tokens])
+    tokens = torch.as_tensor(tokens if torch.is_tensor(tokens) else np.asarray(tokens, dtype=np.int64)).long()
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} tokens: at least two are needed, one to read and one to predict")
     was_training = getattr(model, "training", False)
@@ -81,4 +83,4 @@ def evaluate_bits_per_byte(model: Callable, tokens, byte_lengths: torch.Tensor, 
     finally:
         if was_training:
             model.train()
-    return bits_per_byte(nats, int(byte_lengths[tokens[1:]].sum()))
+    return bits_per_byte(nats, int(byte_lengths.cpu()[tokens[1:].cpu()].sum()))
