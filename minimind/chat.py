@@ -122,8 +122,12 @@ def chat(args: argparse.Namespace) -> None:
         return
     print("Write a message; an empty line ends the conversation.", file=sys.stderr)
     while text := next_line():
-        messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": answer(args, model, tokenizer, messages)})
+        question = {"role": "user", "content": text}
+        try:
+            said = answer(args, model, tokenizer, [*messages, question])
+            messages += [question, {"role": "assistant", "content": said}]
+        except ChatError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def next_line() -> str:

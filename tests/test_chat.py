@@ -83,6 +83,13 @@ def test_a_message_that_cannot_fit_is_an_error(folder, capsys):
     assert "shorten it" in capsys.readouterr().err
 
 
+def test_a_message_too_long_does_not_end_the_conversation(folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one two " * 100 + "\none\n"))
+    assert chat.main([str(folder), "--max-new-tokens", "8"]) == 0
+    printed = capsys.readouterr()
+    assert "shorten it" in printed.err and printed.out.strip()
+
+
 @pytest.mark.parametrize("kind", ["Qwen3", "Llama"])
 def test_folders_written_by_transformers(kind, folder, tmp_path, capsys):
     transformers = pytest.importorskip("transformers")
@@ -96,7 +103,8 @@ def test_folders_written_by_transformers(kind, folder, tmp_path, capsys):
     assert chat.main([str(tmp_path), "--prompt", "one two", "--max-new-tokens", "10"]) == 0
     ours = capsys.readouterr().out.rstrip("\n")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "one two"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    question = [{"role": "user", "content": "one two"}]
+    ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**ids, max_new_tokens=10, do_sample=False, eos_token_id=[0, 2], pad_token_id=0)[0, ids["input_ids"].shape[1] :]
     assert ours == tokenizer.decode(out, skip_special_tokens=True).rstrip("\n")
 
@@ -144,7 +152,8 @@ def test_no_folder(capsys):
 
 
 def test_the_command_itself(folder, root):
-    run = lambda *arguments: subprocess.run([sys.executable, "-m", "minimind.chat", *arguments], cwd=root, capture_output=True, text=True, timeout=240)
+    start = [sys.executable, "-m", "minimind.chat"]
+    run = lambda *arguments: subprocess.run([*start, *arguments], cwd=root, capture_output=True, text=True, timeout=240)
     help_ = run("--help")
     assert help_.returncode == 0 and "example: python -m minimind.chat" in help_.stdout
     done = run(str(folder), "--prompt", "one", "--max-new-tokens", "5")

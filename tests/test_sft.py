@@ -1,5 +1,7 @@
 """Loss masks, packing, replay and judging of answers."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ from minimind.sft import (
     Replay,
     answers_right,
     ask,
-    assistant_mask,
     block_mask,
     chat_example,
     pack,
@@ -67,13 +68,36 @@ def test_every_answer_is_learned_with_its_end_and_nothing_else(tokenizer):
 def test_tools_and_thoughts(tokenizer):
     messages = [
         {"role": "user", "content": "How warm is it?"},
-        {"role": "assistant", "content": "", "reasoning_content": "I must look.", "tool_calls": [{"name": "weather", "arguments": {"town": "Oakham"}}]},
+        {"role": "assistant", "content": "", "reasoning_content": "I must look.",
+         "tool_calls": [{"name": "weather", "arguments": {"town": "Oakham"}}]},
         {"role": "tool", "content": "12 degrees"},
         {"role": "assistant", "content": "It is cold."},
     ]
     text = learned(tokenizer, chat_example(tokenizer, messages)[1])
     assert "I must look." in text and "Oakham" in text and text.endswith("It is cold.<|im_end|>")
     assert "degrees" not in text and "How warm" not in text
+
+
+def test_tools_as_json_text_are_the_same(tokenizer):
+    tools, calls = [{"type": "function", "function": {"name": "weather"}}], [{"name": "weather", "arguments": {}}]
+    rest = [{"role": "user", "content": "Go"}]
+    as_objects = [{"role": "system", "content": "Hi"}, *rest, {"role": "assistant", "content": "", "tool_calls": calls}]
+    as_text = [{"role": "system", "content": "Hi", "tools": json.dumps(tools)}, *rest,
+               {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}]  # fmt: skip
+    assert chat_example(tokenizer, as_text) == chat_example(tokenizer, as_objects, tools=tools)
+
+
+@pytest.mark.real_data
+def test_real_conversations(real_data, tokenizer):
+    from itertools import islice
+
+    from minimind.data import read_conversations
+
+    for name in ("quick/sft_quick_permissive.jsonl", "toolcall/toolcall_glaive_en_zh.jsonl", "sft/sft_oasst_zh.jsonl"):
+        for row in islice(read_conversations(real_data / name), 100):
+            labels = chat_example(tokenizer, row["conversations"])[1]
+            answers = [m for m in row["conversations"] if m["role"] == "assistant"]
+            assert labels.count(tokenizer.im_end_id) == len(answers)
 
 
 def test_what_is_learned_starts_where_the_prompt_of_ask_ends(tokenizer):

@@ -80,7 +80,8 @@ by_hand = ids
 print(tokenizer.decode(ids[0].tolist()))
 
 # %% [markdown]
-# Four lines, and it talks. The rest of the chapter is about three questions. Is the most probable token the right choice? Why
+# Four lines, and it talks. Nothing else will be added to the model in this chapter: every sample below comes from these same weights.
+# What changes is how we read them. The rest of the chapter is about three questions. Is the most probable token the right choice? Why
 # read the whole text again for every token? And what about many prompts, letters cut in half, and the end of the text?
 
 # %% id="generate-default-exp"
@@ -149,7 +150,8 @@ show(fig, "A low temperature gives more to the first few tokens and takes it fro
 # A vocabulary has thousands of tokens. Most fit badly here, but together they hold a good share of the probability. Draw often enough
 # and one of them comes, and the model must then continue nonsense. So we cut the tail off before we draw. Three rules are common.
 #
-# **Top-k** (Fan et al. 2018) keeps the $k$ best tokens. A logit of $-\infty$ becomes probability 0.
+# **Top-k** (Fan et al. 2018) keeps the $k$ best tokens. A logit of $-\infty$ becomes probability 0. The smallest of the $k$ best is the
+# threshold; a token exactly as good as it is kept too, because there is no reason to prefer one of two equals.
 
 # %% id="generate-top-k"
 #| export
@@ -163,7 +165,8 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 # %% [markdown]
 # **Top-p** (Holtzman et al. 2019) keeps the fewest tokens that together reach probability $p$. A token stays when the better
-# ones before it have not reached $p$ yet; so the best one always stays.
+# ones before it have not reached $p$ yet; so the best one always stays. In the code, `before` is the running total without the token
+# itself, and `scatter` carries the decision from sorted order back to the order of the vocabulary.
 
 # %% id="generate-top-p"
 #| export
@@ -175,7 +178,8 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     return logits.masked_fill(drop, -torch.inf)
 
 # %% [markdown]
-# **Min-p** (Nguyen et al. 2024) compares with the best token: keep what is at least $p$ times as probable.
+# **Min-p** (Nguyen et al. 2024) compares with the best token: keep what is at least $p$ times as probable. It needs no sorting. When the
+# best token has 90%, a value of 0.1 keeps what has at least 9%; when the best has 5%, it keeps what has half a percent.
 
 # %% id="generate-min-p"
 #| export
@@ -294,6 +298,13 @@ axes[1, 0].set_ylabel("probability")
 show(fig, "Six ways to change one distribution: grey is the model's, blue is what is drawn from; the greedy bar runs up to 1.")
 
 # %% [markdown]
+# Read the panels one by one. *Greedy* puts everything on one bar. *Temperature 2* lowers the first bars and lifts all others, most of which lie outside of
+# the picture. *Top-k* cuts at a rank, *top-p* at a sum, *min-p* at a height. After a cut the rest grows, since probabilities must add up to 1. The
+# *penalty* takes from two named tokens, whatever their rank.
+#
+# Which one to use? For facts, greedy: there is one right answer, and a draw can only miss it. For stories, a temperature near 0.8 with a top-p near 0.9 or
+# a min-p near 0.05 is a common start. The penalty is a bandage: 1.1 helps a model that circles, 1.5 forbids it to say "the" twice.
+#
 # In a live notebook, move the sliders. Watch top-p and min-p while you raise the temperature.
 
 # %% id="generate-widget" tags=["widget"]
@@ -324,7 +335,9 @@ ax.legend()
 show(fig, "Top-k keeps 20 everywhere; top-p and min-p keep one token where the model is sure and many where it is not.")
 
 # %% [markdown]
-# Top-k is the odd one out: where the model is sure, it still offers 19 wrong tokens.
+# Follow the lines. Inside a word, or after "said", there is one possible continuation, and two of the rules find that out by themselves. At the start of a sentence
+# there are dozens. Top-k is the odd one out: where the model is sure, it still offers 19 wrong tokens. Drawn a hundred times in a text, even a
+# small chance of a wrong token is a mistake almost certain to happen.
 
 # %% id="generate-candidates-check"
 assert (counts["top-k 20"] >= 20).all()
@@ -375,7 +388,9 @@ show(fig, "Positions read for each of eight new tokens after a prompt of five: d
 
 # %% [markdown]
 # The memory is set aside once, for the longest text that can come. A cache that grows by `torch.cat` copies everything at each
-# step. `update` is what the attention of chapter 4 calls.
+# step. `update` is what the attention of chapter 4 calls, once in each layer: it hands in the keys and values of the new positions, and gets back
+# all so far. What it gets are *views* of the memory, not copies. Each layer has its own count in `filled`, because while a token passes through the
+# model, the lower layers already hold it and the upper ones do not.
 
 # %% id="generate-kv-cache"
 #| export
@@ -472,7 +487,12 @@ def start_ids(
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 # %% [markdown]
-# The loop itself. With a cache it reads the prompt once and then one position per step, without building a mask. It *yields* each
+# The loop itself, in the order of its lines: check the request, set memory aside, and then for each new token read what is new, take the last row of
+# logits, choose, store, hand out. With a cache it reads the prompt once (the **prefill**) and then one position per step, without building a mask: a
+# single new position may look at everything. Without a cache `start` stays 0, and that one line is the whole difference. Rows that have stopped repeat
+# their stop token until all rows have.
+#
+# It is short on purpose: what happens here happens for every token. The function *yields* each
 # token, so that one loop serves whole answers and streaming. `inference_mode` leaves out all bookkeeping for gradients.
 
 # %% id="generate-next-tokens"
@@ -575,6 +595,11 @@ ax.legend()
 show(fig, "Without a cache each token takes longer than the one before; with a cache the time per token stays flat.")
 
 # %% [markdown]
+# Why not 170 times? A step with the cache does little arithmetic, but it calls some hundred small operations, and each costs a few microseconds
+# before it computes anything. It also reads every weight once for a single token. That floor is the flat line. The upper line grows with the text, so
+# the gain grows with it: at ten times the length, the gap is far wider. On a GPU the floor is higher relative to the arithmetic, and a model as small
+# as this one gains little there.
+#
 # This is the claim of the chapter. The time includes reading the prompt, which both do once.
 
 # %% id="generate-speedup"
@@ -597,7 +622,7 @@ for p, new in zip(prompts, alone):
     print(f"{tokenizer.decode(p)!r} -> {tokenizer.decode(new)!r}")
 
 # %% [markdown]
-# Pad on the right and nothing hides the padding: the new tokens come after it, look at it, and stand at the wrong
+# Try the obvious side first. Pad on the right and nothing hides the padding: the new tokens come after it, look at it, and stand at the wrong
 # distance from their prompt. Watch it fail:
 
 # %% id="generate-right-padding-fails"
@@ -645,6 +670,8 @@ assert torch.tensor([-torch.inf, -torch.inf]).softmax(0).isnan().all()
 assert torch.isnan(torch.tensor(0.0) * torch.nan)
 
 # %% [markdown]
+# You will meet this trap as a loss or an answer that is NaN for some batches and fine for others: it depends on who is padded.
+#
 # `generate_batch` takes lists of any lengths and returns the new tokens of each, cut at the stop token.
 
 # %% id="generate-generate-batch"
@@ -664,7 +691,8 @@ def generate_batch(
     return answers
 
 # %% [markdown]
-# Each prompt now gets what it gets alone. And eight rows cost far less than eight calls:
+# Each prompt now gets what it gets alone, token for token. (This holds for greedy text. Draws share one random generator, so a row's draws depend on its
+# neighbours.) And eight rows cost far less than eight calls:
 
 # %% id="generate-batch-same"
 assert generate_batch(model, prompts, 16) == alone
@@ -738,6 +766,9 @@ print(f"first piece after {1000 * times[0]:.0f} ms, all {len(times)} after {1000
 assert "<|endoftext|>" not in written
 
 # %% [markdown]
+# Two times matter to a reader: how long until the first piece, and how many pieces a second after that. The first grows with the prompt, the second is
+# the flat line of 10.4.
+#
 # Without the stop token the model goes on after the end of the document: it was trained on one document behind the other, so it begins
 # another.
 
@@ -784,7 +815,8 @@ ax.set(xlabel="position (tokens)", ylabel="bits per token", ylim=(0, None))
 show(fig, f"Loss by position over {len(rows)} rows of new text, mean of 64 neighbours: look for the place where it starts to rise.")
 
 # %% [markdown]
-# A rise marks the length that training really covered. Chapter 5 shows how to stretch it. A chat that grows past the limit must forget
+# A rise marks the length that training really covered. Beyond it, the rotations of chapter 5 reach angles between far positions that no training step has
+# ever seen. Chapter 5 also shows how to stretch them. So there are two ends: where the model gets worse, and where it must stop. A chat that grows past the limit must forget
 # something: the command below drops the oldest questions with their answers, and says so.
 #
 # **Exercise 10.7 (20 min, ★★★).** Let the cache slide: drop the oldest quarter when it is full. Are the kept keys still right?
@@ -792,7 +824,11 @@ show(fig, f"Loss by position over {len(rows)} rows of new text, mean of 64 neigh
 # ## 10.7 A chat on the command line
 #
 # Last, a command that talks to any checkpoint folder: `python -m minimind.chat FOLDER`. It is a module of its own, made from the
-# cells below. Loading says what is wrong in one line.
+# cells below. A folder is what chapter 7 saves, which is what Hugging Face saves, so Qwen3 and Llama folders of other people work too, as long as
+# their tokenizer has the special tokens of chapter 2. Nothing is fetched from anywhere.
+#
+# Loading can fail in many ways: no folder, a missing file, a file cut short, weights of another size. The reader of a command wants one line that names the file
+# and the reason, not a traceback.
 
 # %% id="generate-chat-imports"
 #| export chat
@@ -842,7 +878,8 @@ def stop_tokens(folder: str | Path, tokenizer: Tokenizer) -> list[int]:
     return sorted(stop for stop in stops if stop is not None)
 
 # %% [markdown]
-# Fitting a long conversation into the context, oldest turns first out. A system message always stays.
+# A conversation grows with each turn until it no longer fits beside the answer. Then the oldest question leaves together with its answer, since one without the
+# other would confuse the model. A system message always stays. A single message that is too long is an error: cutting it would change what was asked.
 
 # %% id="generate-chat-reply"
 #| export chat
@@ -933,8 +970,12 @@ def chat(args: argparse.Namespace) -> None:
         return
     print("Write a message; an empty line ends the conversation.", file=sys.stderr)
     while text := next_line():
-        messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": answer(args, model, tokenizer, messages)})
+        question = {"role": "user", "content": text}
+        try:
+            said = answer(args, model, tokenizer, [*messages, question])
+            messages += [question, {"role": "assistant", "content": said}]
+        except ChatError as error:
+            print(f"error: {error}", file=sys.stderr)
 
 
 def next_line() -> str:

@@ -37,6 +37,7 @@ show(fig, "From conversations to a model that answers: each box is one section o
 
 # %% id="sft-imports"
 #| export
+import json
 import re
 from collections.abc import Sequence
 
@@ -53,12 +54,7 @@ from minimind.metrics import cross_entropy
 # Load the pretrained model and ask it something, in the chat template.
 
 # %% id="sft-load"
-import json
-
-import torch
-
 from minimind.data import check_file, read_conversations, read_texts
-from minimind.generate import generate_batch
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
 
@@ -99,7 +95,9 @@ for question, (reply, stopped) in zip(five, base_replies):
 
 # %% [markdown]
 # It continues as if this were one more document. The facts may be in there: chapter 9 measured how many it can complete. What it lacks is
-# a form: a question comes, an answer follows, and then you stop.
+# a form: a question comes, an answer follows, and then you stop. The special tokens mean nothing to it, since pretraining text had none; their
+# embeddings are still what chance made them. So SFT has three things to teach: what the tokens of the template mean, that an answer is wanted, and when to
+# stop. It should *not* have to teach facts.
 #
 # ## 11.2 Which tokens to learn from
 #
@@ -112,7 +110,7 @@ several = min((c for c in conversations if len(c) == 4), key=size_of, default=co
 print(tokenizer.apply_chat_template(several, tokenize=False))
 
 # %% [markdown]
-# The model reads all of it. But it should learn to *write* only what the assistant writes: the answers, and the `<|im_end|>` after each, which is how
+# Each turn is a header with a role, the text, and an end mark. The model reads all of it. But it should learn to *write* only what the assistant writes: the answers, and the `<|im_end|>` after each, which is how
 # it learns to stop. The user's words are given to it, so learning to predict them would be wasted effort. This choice is the **loss mask**.
 #
 # **Before you run the next cells**: the header `<|im_start|>assistant\n` comes right before an answer. Should it be learned?
@@ -134,7 +132,8 @@ for token in tokens:
 print(sum(by_hand), "of", len(tokens), "tokens are learned")
 
 # %% [markdown]
-# The header is not learned: in a chat, the program writes it, not the model. The same as a function, which does not depend on how the header is cut into
+# The header is not learned: in a chat, the program writes it, not the model. A model that has to produce its own header would waste a little effort; worse is the
+# other direction, where the first word of the answer is left out of the loss, because that is the word that decides what follows. The same as a function, which does not depend on how the header is cut into
 # tokens:
 
 # %% id="sft-assistant-mask"
@@ -164,19 +163,28 @@ assert assistant_mask(tokenizer, tokens) == by_hand
 
 # %% id="sft-chat-example"
 #| export
+def from_json(value):
+    """Chat files may hold tools and tool calls as JSON text: the object in it; anything else stays as it is."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
 def chat_example(
     tokenizer, messages: list[dict], max_length: int | None = None, tools: list[dict] | None = None
 ) -> tuple[list[int], list[int]]:
     """One conversation as (ids, labels) of equal length, cut after `max_length` tokens.
 
     labels[i] is ids[i] where the assistant wrote token i, else -100. They stand under their own token; the shift to
-    "target of position i" happens once, in PackedConversations.
+    "target of position i" happens once, in PackedConversations. Tools may also stand in the first message, as "tools".
     """
+    if messages and tools is None:
+        tools = from_json(messages[0].get("tools"))
+    messages = [m | {"tool_calls": from_json(m["tool_calls"])} if m.get("tool_calls") else m for m in messages]
     ids = tokenizer.apply_chat_template(messages, tools=tools)[:max_length]
     return ids, [token if mine else -100 for token, mine in zip(ids, assistant_mask(tokenizer, ids))]
 
 # %% [markdown]
-# Drawn token by token. A second answer is learned like the first: every answer is predicted from all that stands before it.
+# Drawn token by token. A second answer is learned like the first: every answer is predicted from all that stands before it. So one pass over a
+# conversation of three turns trains three answers, each with the right history. Cutting it into three examples would read the first turn three times.
 
 # %% id="sft-mask-figure"
 def draw_tokens(ax, ids, labels, per_row=10):
@@ -209,6 +217,9 @@ for messages in conversations[:200]:
 
 # %% [markdown]
 # **Exercise 11.1 (15 min, ★★).** Learn from the last answer only. How many of the learned tokens are lost in this data?
+#
+# The tokens before an answer in training must be exactly those that `ask` will send later. If they differ by one line end, the model meets a prompt that it has never
+# seen. That is why both go through the same template.
 #
 # A line that is no conversation must stop you before training does. `check_file` of chapter 1 lists what is wrong, with the line:
 
@@ -248,7 +259,9 @@ show(fig, "Conversations are far shorter than the row they are padded to: everyt
 
 # %% [markdown]
 # So put several into one row, as chapter 9 did with documents. Which ones? This is packing suitcases: take the longest
-# first, and put each into the row that it fills best. Seven lengths into rows of 10, by hand: 7+3, 6+4, 5+2, and 2 joins the 5 and 2.
+# first, and put each into the row that it fills best. The long ones come first because they are hard to place; the short ones fill the gaps. To find
+# the best row quickly, rows are kept in drawers by the room they have left: an item of length 5 looks into the drawer for 5, then 6, and so on.
+# Seven lengths into rows of 10, by hand: 7+3, 6+4, 5+2, and 2 joins the 5 and 2.
 
 # %% id="sft-pack"
 #| export
@@ -277,8 +290,9 @@ print([[toy[i] for i in row] for row in rows])
 assert sorted(i for row in rows for i in row) == list(range(7)) and len(rows) == 3
 
 # %% [markdown]
-# A shorter row is cheaper still, since attention costs the square of its width (chapter 4). So rows come in three widths, and a narrow row is used
-# where it gets at least nine tenths full.
+# A shorter row is cheaper still, since attention costs the square of its width (chapter 4): four rows of 64 compute a quarter of the scores of one row of
+# 256, and hold as many tokens. So rows come in three widths, and a narrow row is used where it gets at least nine tenths full. A batch has always about the same
+# number of tokens, so narrow rows come in larger batches.
 
 # %% id="sft-pack-by-width"
 #| export
@@ -302,7 +316,8 @@ def pack_by_width(lengths: Sequence[int], context: int, batch_size: int, full: f
 
 # %% [markdown]
 # Now the rows hold strangers. Two things keep them apart. The **mask** lets a position look only at earlier positions of its own conversation;
-# it is a causal mask cut into blocks. And **positions** start again at 0 in each.
+# it is a causal mask cut into blocks. And **positions** start again at 0 in each. The padding at the end of a row is a block of its own, which keeps its softmax from
+# being empty (chapter 10).
 
 # %% id="sft-block-mask"
 #| export
@@ -331,7 +346,9 @@ show(fig, "The mask of a row with three conversations of 3, 2 and 4 tokens: dark
 
 # %% [markdown]
 # The class puts it together. It is addressed by step, so a resumed run sees the same batches (chapter 8). And it is the one place where labels are
-# shifted: position $t$ gets the label of token $t+1$.
+# shifted: position $t$ gets the label of token $t+1$. Read `batch` first: it lays conversations one behind the other and notes for each place the token,
+# the label, the position within its conversation, and the number of its owner. Everything else decides which rows come when. Rows are packed once and
+# shuffled for each epoch.
 
 # %% id="sft-packed-conversations"
 #| export
@@ -433,7 +450,7 @@ print(f"largest difference of a logit: {worst:.1e}")
 assert worst < 1e-3
 
 # %% [markdown]
-# Leave out the mask and see the neighbours leak in. The positions alone do not help:
+# The rest is rounding. Now leave out the mask and see the neighbours leak in. The positions alone do not help:
 
 # %% id="sft-leak"
 with torch.no_grad():
@@ -458,6 +475,9 @@ def sft_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
     return loss + model.config.router_aux_loss_coef * model.aux_loss, {"cross_entropy": loss}
 
 # %% [markdown]
+# The mean is over the learned tokens of the whole batch, not first over each conversation: a long answer counts for more than a short one. That is a choice; the
+# other one would let a short "Hello!" weigh as much as a long explanation.
+#
 # What has packing brought? Time one step of each kind, in real tokens per second.
 
 # %% id="sft-speed"
@@ -560,8 +580,9 @@ for name, (model, _) in short.items():
     print(f"{name}: {stops[name]:.0%} close their turn\n    {asked[0]} -> {replies[0][0][:80]!r}")
 
 # %% [markdown]
-# With the mask one early, `<|im_end|>` was never learned, so the answers run on. Not shifted, the model learned to say the current token
-# again. A loss that is *too* good is the symptom. Two checks find both: print the tokens with their labels as above, and ask the model after one minute of training, not at the end.
+# With the mask one early, the answer itself is right, and that makes this bug so hard to see: `<|im_end|>` was never learned, so the model goes on as it did in
+# pretraining. Not shifted, the model learned to say the current token again. Its loss falls to almost nothing, because what it must say stands right before
+# its eyes; a loss that is *too* good is the symptom. Two checks find both: print the tokens with their labels as above, and ask the model after one minute of training, not at the end.
 
 # %% id="sft-variants-check"
 for name, share in stops.items():
@@ -574,7 +595,7 @@ if chapter.max_steps is None and profile != "smoke":
 #
 # ## 11.5 The run
 #
-# Training on chats alone makes a model forget what it read before. A cheap remedy is **replay**: every few steps, a batch of the old pretraining text.
+# Training on chats alone makes a model forget what it read before: nothing in the loss asks for stories any more, and the weights drift away from them. A cheap remedy is **replay**: every few steps, a batch of the old pretraining text.
 
 # %% id="sft-replay"
 #| export
@@ -731,7 +752,7 @@ for question, (reply, _) in zip(five, base_replies):
 
 # %% id="sft-final-answers"
 def score(model):
-    rows = answers_right(model, tokenizer, questions)[1]
+    rows = answers_right(model, tokenizer, questions, max_new_tokens=24)[1]
     mean = lambda name, seen: sum(r[name] for r in rows if r["seen"] == seen) / max(1, sum(r["seen"] == seen for r in rows))
     return rows, {"questions_seen": mean("right", True), "questions_unseen": mean("right", False), "names_copied": mean("name_copied", False)}
 
@@ -754,6 +775,11 @@ if after:
     show(fig, "The same questions to both models: SFT teaches the form, and facts that were never asked about come out in it.")
 
 # %% [markdown]
+# The facts about unseen people were never asked for in any text that the model has read. It learned the form from one half of the people and uses it on the
+# other half. That did not come by itself. With an earlier version of this world, whose dialogues were fewer and all of one form, a model of this size
+# got 38% of these questions right and named the right person in 16% of its answers. Asked for one person, it told the truth about
+# another. Copying a name is a skill, and it comes from text that needs it: dialogues in many forms about many different people (chapter 1).
+#
 # Look at what went wrong, if anything did. Is the *fact* wrong, or the *name*? An answer that is true of somebody else is a failure to copy: the name must travel from the question into the
 # answer (chapter 4 shows the heads that do it), and pretraining must have taught that.
 
@@ -769,13 +795,16 @@ for r in wrong[:5]:
 #
 # ## 11.7 What was forgotten
 #
-# Bits per byte on held-out pretraining text, during this run with replay, and at the end of the short run of 11.4, which had none:
+# A model that answers may have paid for it elsewhere. The price is measured on what it could do before: bits per byte on held-out pretraining text, during this run
+# with replay, and at the end of the short run of 11.4, which had none and saw fewer tokens:
 
 # %% id="sft-forgetting"
 forgotten = {"before": before["bits_per_byte"], "after, with replay": history.evals[-1]["bits_per_byte"]}
 forgotten["short run, no replay"] = bits_per_byte_of(short["right"][0])
 for name, value in forgotten.items():
     print(f"{name:22} {value:.3f} bits per byte")
+if chapter.max_steps is None and profile != "smoke":
+    assert forgotten["after, with replay"] < forgotten["short run, no replay"]
 
 # %% [markdown]
 # And over the steps:
