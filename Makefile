@@ -3,6 +3,7 @@ ROOT := $(if $(wildcard course/install.py),$(CURDIR),$(patsubst %/,%,$(dir $(abs
 PYTHON ?= python3
 PROFILE ?=
 ARGS ?=
+TOO_OLD = this course needs Python 3.11, 3.12 or 3.13; name one of them, for example: make setup PYTHON=/usr/bin/python3.13
 IN_ROOT = cd "$(ROOT)" &&
 COURSE = $(IN_ROOT) .venv/bin/python -m course
 
@@ -18,6 +19,7 @@ help:
 	@echo "make clean    remove caches; .venv, runs and student stay"
 
 setup:
+	@"$(PYTHON)" -c "import sys; sys.version_info >= (3, 8) or sys.exit('$(TOO_OLD)')"
 	@$(IN_ROOT) "$(PYTHON)" -m course.install
 
 course: setup
