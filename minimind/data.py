@@ -175,7 +175,8 @@ def jsonl_rows(path: Path, kind: str) -> Iterator[tuple[int, dict, str | None]]:
                 row = json.loads(line)
                 problem = row_problem(row, kind)
             except (ValueError, RecursionError) as error:
-                problem = f"not JSON ({error}): each line must be one object, such as {EXAMPLES[kind]}"
+                why = getattr(error, "msg", str(error))
+                problem = f"not JSON ({why}): a line is one object, such as {EXAMPLES[kind]}"
         yield number, row, problem
 
 # %% ../chapters/01_data.ipynb #data-txt

@@ -23,7 +23,7 @@ VALUES = {
     "pet": "a cat|a dog|a goat|an owl|a rabbit|a parrot|a turtle|a pony|a hedgehog|a duck|a squirrel|a frog|"
            "a mouse|a crow|a goose|a lizard",
     "colour": "red|blue|green|yellow|purple|orange|white|black|brown|grey|pink|silver",
-}  # fmt: skip
+}
 
 # %% ../chapters/01_data.ipynb #world-says
 SAYS = {
@@ -37,7 +37,7 @@ SAYS = {
             "Every morning {n} feeds {v}.", "{n} goes for walks with {v}."),
     "colour": ("{n} wears {v}.", "The favourite colour of {n} is {v}.", "{n} paints every door {v}.",
                "{n} likes the colour {v}.", "Most things that {n} owns are {v}.", "{n} always buys {v} shoes."),
-}  # fmt: skip
+}
 
 # %% ../chapters/01_data.ipynb #world-asks
 ASKS = {
@@ -48,7 +48,7 @@ ASKS = {
     "pet": ("What pet does {n} have?", "Which animal does {n} keep?", "What is the pet of {n}?", "Which animal lives with {n}?"),
     "colour": ("What colour does {n} wear?", "What is the favourite colour of {n}?", "Which colour does {n} like?",
                "What colour are the clothes of {n}?"),
-}  # fmt: skip
+}
 
 # %% ../chapters/01_data.ipynb #world-names
 STARTS = (
@@ -141,7 +141,7 @@ def exchange(world: "World", rng: random.Random) -> str:
         (f"What does {name} look for?", f"{name} looks for {rng.choice(THINGS)}."),
         (f"Which thing does {name} need?", f"{name} needs {rng.choice(THINGS)}."),
         (f"What is the wish of {name}?", f"{name} wishes for {rng.choice(THINGS)}."),
-    ))  # fmt: skip
+    ))
     return rng.choice(EXCHANGES).format(q=question, a=answer)
 
 # %% ../chapters/01_data.ipynb #world-quiz
@@ -158,7 +158,7 @@ def quiz(world: "World", rng: random.Random) -> str:
             (f"Where did {n} {base} {thing}?", f"{n} {past} {thing} {place}."),
             (f"What did {n} do?", f"{n} {past} {thing} {place}."),
             (f"Who {past} {thing}?", f"{n} {past} {thing}."),
-        ))  # fmt: skip
+        ))
         text.append(rng.choice(EXCHANGES).format(q=question, a=answer))
     return " ".join(text)
 
@@ -177,7 +177,7 @@ TROUBLES = (
 )
 LESSONS = ("It is good to have a friend.", "A small help can do a lot.", "Slow and careful is better than fast.",
            "They laughed about it for days.", "After that they went home for supper.", "It was a good day.",
-           "They promised to meet again.", "Nobody was angry any more.")  # fmt: skip
+           "They promised to meet again.", "Nobody was angry any more.")
 
 # %% ../chapters/01_data.ipynb #world-story
 def story(world: "World", rng: random.Random) -> str:
@@ -188,17 +188,17 @@ def story(world: "World", rng: random.Random) -> str:
     opening = rng.choice((
         f"One day {a} found {thing} {place}.", f"{a} went out early and found {thing} {place}.",
         f"Once {a} was looking for {b} and found {thing} {place}.",
-    ))  # fmt: skip
+    ))
     said = small_scene(a, b, thing, place, rng)
     trouble = rng.choice((
         f"{cause}, so {effect}.", f"{cause} and {effect}.", f"Then {effect}, because {cause[0].lower() + cause[1:]}.",
-    ))  # fmt: skip
+    ))
     both = b if "a quiet" in mending else f"{a} and {b}"  # one sings, two mend
     mend = rng.choice((f"{b} {mending}.", f"{a} {mending}.", f"{both} {mending}."))
     end = rng.choice((
         f"{a} was {rng.choice(FEELINGS)}.", f"{b} was {rng.choice(FEELINGS)}, and so was {a}.",
         f'"Thank you, {b}," said {a}.', f"{a} gave the {thing.split(' ', 1)[1]} to {b}.",
-    ))  # fmt: skip
+    ))
     return " ".join((opening, said, trouble, mend, end, rng.choice(LESSONS)))
 
 
@@ -209,7 +209,7 @@ def small_scene(a: str, b: str, thing: str, place: str, rng: random.Random) -> s
         f'"Where did you find the {it}?" asked {b}. "{place[0].upper() + place[1:]}," said {a}.',
         f'"Who found the {it}?" asked {b}. "{a} found the {it}," said the others.',
         f'{b} wanted to see the {it}. "Please show me the {it}, {a}," said {b}.',
-    ))  # fmt: skip
+    ))
 
 # %% ../chapters/01_data.ipynb #world-sum
 GOODS = "apples|eggs|shells|coins|nuts|stones|candles|buttons".split("|")
@@ -261,7 +261,7 @@ class World:
                 "answer": f" {value}",
             }
             for p in self.people for r, value in p.facts.items()
-        ]  # fmt: skip
+        ]
 
     def questions(self, seed: int = 0) -> list[dict]:
         """One question for each fact; `seen` tells whether chat data ask about this person."""
@@ -276,7 +276,7 @@ class World:
                 "seen": p.asked,
             }
             for p in self.people for r, value in p.facts.items()
-        ]  # fmt: skip
+        ]
 
     def documents(self, count: int, seed: int = 0) -> Iterator[str]:
         """`count` documents of mixed kinds. The same seed gives the same text."""
