@@ -132,11 +132,12 @@ def full_mask(attention_mask: Tensor | None, past: int, input_ids: Tensor) -> Te
     mask = causal_mask(T, past + T).to(input_ids.device)[None, None]  # (1, 1, T, S)
     if attention_mask is None:
         return mask
-    if attention_mask.shape != (input_ids.size(0), past + T):
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected (B, past + T) = {(input_ids.size(0), past + T)}")
+    expected = (input_ids.size(0), past + T)
+    if attention_mask.shape != expected:
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected (B, past + T) = {expected}")
     # A padded position may look at itself: a row without any key would be 0 / 0.
-    own = torch.arange(past, past + T, device=input_ids.device)[:, None] == torch.arange(past + T, device=input_ids.device)
-    return mask & (attention_mask.bool()[:, None, None, :] | own)
+    itself = torch.eye(past + T, dtype=torch.bool, device=mask.device)[past:]
+    return mask & (attention_mask.bool()[:, None, None, :] | itself)
 
 # %% ../chapters/07_transformer.ipynb #model-working-dtype
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@
 # - compute the balance loss, and show in seconds what goes wrong without it;
 # - say when a mixture of experts is worth its memory.
 #
-# You need chapter 3 (cross-entropy) and what a matrix product is. Reading 30 minutes; running: smoke 15 s, cpu 60 s.
+# You need chapter 3 (cross-entropy) and what a matrix product is. Reading 30 minutes; running: smoke 20 s, cpu 60 s.
 
 # %% id="parameters" tags=["parameters"]
 profile = "cpu"
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 import matplotlib.pyplot as plt
 
 
-def box(ax, x, y, text, picked=True, width=1.5):
+def box(ax, x, y, text, picked=True):
     style = dict(boxstyle="round", fc="#dce9f7" if picked else "white", ec="black", ls="-" if picked else ":")
     ax.text(x, y, text, ha="center", va="center", bbox=style, color="black" if picked else "grey", size=10)
 
@@ -67,8 +67,9 @@ show(fig, "Four experts, one used: the router gives each expert a probability, t
 pairs = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
 same = pairs[:, :1] * pairs[:, 1:]  # (4, 1): the product of the two facts
 linear = torch.linalg.lstsq(pairs, same).solution  # the best linear map
-print("best linear answers:", (pairs @ linear).flatten().tolist(), "wanted:", same.flatten().tolist())
-assert torch.allclose(pairs @ linear, torch.zeros(4, 1), atol=1e-6)
+answers = (pairs @ linear).flatten()
+print("best linear answers:", answers.round(decimals=3).abs().tolist(), " wanted:", same.flatten().tolist())
+assert torch.allclose(answers, torch.zeros(4), atol=1e-6)
 
 # %% [markdown]
 # It answers 0 every time: it learned nothing. A layer that works on one position needs something that is not linear.
@@ -147,7 +148,8 @@ C, I = 160, 448
 feed_forward = 3 * C * I
 attention = 2 * C * 4 * 40 + 2 * C * 2 * 40
 assert feed_forward == sum(p.numel() for p in SwiGLU(C, I).parameters())
-print(f"feed-forward {feed_forward:,} and attention {attention:,}: {feed_forward / (feed_forward + attention):.0%} of a layer is feed-forward")
+share = feed_forward / (feed_forward + attention)
+print(f"feed-forward {feed_forward:,} and attention {attention:,}: {share:.0%} of a layer is feed-forward")
 
 # %% [markdown]
 # **Exercise 6.2 (5 min, ★).** The plain layer of 2017 has two matrices, C × 4C and 4C × C. Which I gives SwiGLU the same number of parameters?
@@ -179,6 +181,9 @@ router_logits = torch.randn(6, 4) * 1.5  # six tokens, four experts
 probs = router_logits.softmax(-1)  # (6, 4): each row sums to 1
 chosen = probs.argmax(-1)  # (6,)
 print(probs.round(decimals=2), chosen, sep="\n")
+
+# %% [markdown]
+# Six rows of four probabilities, and the number of the winner for each token. As a picture:
 
 # %% id="moe-router-picture"
 fig, ax = plt.subplots(figsize=(5, 2.7))
@@ -253,6 +258,9 @@ load = chosen.bincount(minlength=4).tolist()  # how many tokens each expert has
 print("expert of each token", chosen.tolist())
 print("tokens in order     ", order.tolist(), " slices:", load)
 assert chosen[order].tolist() == sorted(chosen.tolist()) and sum(load) == 6
+
+# %% [markdown]
+# With forty tokens the effect is easier to see:
 
 # %% id="moe-sort-picture"
 set_seed(1)
@@ -361,6 +369,9 @@ def milliseconds(function, repeats=5):
         times.append(time.perf_counter() - start_time)
     return 1000 * min(times)
 
+# %% [markdown]
+# The sizes are those of the small model of this course; the last line is one expert on all tokens, which is all the arithmetic that top-1 needs:
+
 # %% id="moe-speed-measure"
 timed = MoE(160, 448, num_experts=8, num_experts_per_tok=1, norm_topk_prob=False)
 tokens = torch.randn(chapter.size.timing_tokens, 160)
@@ -369,9 +380,12 @@ with torch.no_grad():
     versions = {"token loop": moe_token_loop, "dense": moe_dense, "sorted": dispatch}
     cost = {name: milliseconds(lambda: f(timed.experts, tokens, weights, chosen)) for name, f in versions.items()}
     cost["one expert\n(no routing)"] = milliseconds(lambda: timed.experts[0](tokens))
-print({name.split("\n")[0]: round(value, 1) for name, value in cost.items()})
 check("experts/sorted_over_token_loop", cost["token loop"] / cost["sorted"])
 check("experts/sorted_over_dense", cost["dense"] / cost["sorted"])
+print("milliseconds:", {name.split("\n")[0]: round(value, 1) for name, value in cost.items()})
+
+# %% [markdown]
+# The dense version computes eight times too much, the token loop pays for each call. Sorting pays for neither:
 
 # %% id="moe-speed-picture"
 fig, ax = plt.subplots(figsize=(6, 2.3))
@@ -393,7 +407,8 @@ if importlib.util.find_spec("transformers"):
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, load_balancing_loss_func
 
-    config = Qwen3MoeConfig(hidden_size=32, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True)
+    sizes = dict(hidden_size=32, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2)
+    config = Qwen3MoeConfig(**sizes, norm_topk_prob=True)
     config._experts_implementation = "eager"  # their plain version, experts one by one
     theirs = Qwen3MoeSparseMoeBlock(config)
     with torch.no_grad():
@@ -404,6 +419,9 @@ if importlib.util.find_spec("transformers"):
 else:
     theirs = None
     print("transformers is not installed: this comparison is left out")
+
+# %% [markdown]
+# Values and the router's gradient; the tests of this course compare the gradients of all experts too.
 
 # %% id="moe-hugging-face-check"
 if theirs is not None:
@@ -468,6 +486,9 @@ assert abs(load_balancing_loss(lopsided, 4, 1) - 4) < 0.01
 if theirs is not None:
     layers = (torch.randn(50, 4), torch.randn(50, 4))
     torch.testing.assert_close(load_balancing_loss(layers, 4, 2), load_balancing_loss_func(layers, 4, 2))
+
+# %% [markdown]
+# How it rises in between, when one expert is favoured more and more:
 
 # %% id="moe-balance-picture"
 pushes = torch.linspace(0, 8, 40)
@@ -556,16 +577,20 @@ def eight_experts():
 
 runs = {coefficient: train_words(eight_experts, coefficient) for coefficient in (0.0, 0.1)}
 last = {c: loads[-50:].mean(0) for c, (_, _, loads) in runs.items()}
-for c, load in last.items():
-    print(f"coefficient {c}: load", [round(v, 2) for v in load.tolist()])
 check("experts/dead_without_balance", (last[0.0] < 0.01).sum())
 check("experts/dead_with_balance", (last[0.1] < 0.01).sum())
+for c, load in last.items():
+    print(f"coefficient {c}: load", [round(v, 2) for v in load.tolist()])
+
+# %% [markdown]
+# An expert with less than 1% of the tokens in the last 50 steps counts as dead. The load over time:
 
 # %% id="moe-dying-picture"
+colours = plt.get_cmap("cividis")(torch.linspace(0, 1, 8).numpy())
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
 for ax, (c, (_, _, loads)) in zip(axes, runs.items()):
     smooth = loads.unfold(0, min(10, len(loads)), 1).mean(-1)  # mean over 10 steps
-    ax.stackplot(range(len(smooth)), smooth.T, colors=plt.get_cmap("cividis")(torch.linspace(0, 1, 8).numpy()), edgecolor="white", lw=0.4)
+    ax.stackplot(range(len(smooth)), smooth.T, colors=colours, edgecolor="white", lw=0.4)
     ax.set(xlabel="step", title=f"balance coefficient {c}", ylim=(0, 1))
     ax.grid(False)
 axes[0].set_ylabel("share of tokens")
@@ -576,7 +601,7 @@ show(fig, "Expert load over training, one band for each expert: without the bala
 # and improves; being useful, its probability rises; so it gets more tokens. An expert without tokens gets no gradient at all and cannot come back. It is
 # **dead**, and its weights are paid for in memory and never used.
 #
-# **Exercise 6.6 (15 min, ★★).** Run coefficients 0, 0.001, 0.01, 0.1 and 1. Draw the number of dead experts and the final loss against the coefficient. Where would you set it?
+# **Exercise 6.6 (15 min, ★★).** Run coefficients 0, 0.001, 0.01, 0.1 and 1. Draw the number of dead experts and the final loss against the coefficient. Where would you set it? Then take `common` out of the model: do experts still die?
 #
 # ## What did the router learn?
 #
@@ -591,6 +616,9 @@ table = torch.zeros(512, 8).index_put_((stream[1:], choice), torch.ones(len(choi
 table = table / table.sum(1, keepdim=True).clamp(min=1)  # (512, 8): each row sums to 1
 common = table[1:33]
 rows = common.argmax(1).argsort(stable=True)
+
+# %% [markdown]
+# Words are grouped by their favourite expert, so a router that sorts by word shows as a staircase:
 
 # %% id="moe-what-it-learned-picture"
 fig, ax = plt.subplots(figsize=(7, 2.9))
@@ -608,7 +636,7 @@ show(fig, "Where the 32 commonest words go: most words have one or two experts o
 # %% id="moe-favourite-share"
 counts = stream[1:].bincount(minlength=512).float()
 favourite = (table.max(1).values * counts).sum() / counts.sum()
-check("experts/word_goes_to_favourite", favourite)
+favourite = check("experts/word_goes_to_favourite", favourite)
 
 # %% [markdown]
 # ## Is it worth it?
@@ -629,7 +657,10 @@ compared = {
 for name, losses in compared.items():
     print(f"{name:30} {losses.mean():.3f}  (seeds: {[round(v, 3) for v in losses.tolist()]})")
 gain = compared["dense, as wide as one expert"] - compared["8 experts, top-1"]
-check("experts/gain_nats_per_word", gain.mean())
+gain = check("experts/gain_nats_per_word", gain.mean())
+
+# %% [markdown]
+# One dot for each seed, so that you see whether the difference is larger than the luck of a seed:
 
 # %% id="moe-equal-active-picture"
 fig, ax = plt.subplots(figsize=(6, 2.2))
@@ -667,7 +698,7 @@ assert gradients[True] < 1e-4 < gradients[False]
 # %% id="moe-norm-trap-cost"
 normed = final_losses(lambda: MoE(64, 32, 8, 1, norm_topk_prob=True), 0.1)
 print(f"normalised {normed.mean():.3f}, not normalised {compared['8 experts, top-1'].mean():.3f}")
-check("experts/cost_of_norm_at_top1", normed.mean() - compared["8 experts, top-1"].mean())
+cost_of_norm = check("experts/cost_of_norm_at_top1", normed.mean() - compared["8 experts, top-1"].mean())
 
 # %% [markdown]
 # **Results in sorted order.** Forget to bring the rows back, and every shape is right while almost every token gets the output of another token:

@@ -11,7 +11,7 @@
 # - predict parameters exactly, and FLOPs and training memory within 10%;
 # - save a folder that Hugging Face loads, and load theirs, with the same logits.
 #
-# You need chapters 4 to 6. Reading 40 minutes; running: smoke 20 s, cpu 60 s.
+# You need chapters 4 to 6. Reading 40 minutes; running: smoke 20 s, cpu 40 s.
 
 # %% id="parameters" tags=["parameters"]
 profile = "cpu"
@@ -42,6 +42,9 @@ from minimind.attention import Attention, causal_mask
 from minimind.moe import MoE, SwiGLU, load_balancing_loss
 from minimind.rope import apply_rope, rope_cos_sin, rope_frequencies
 
+# %% [markdown]
+# The whole model in one picture. Read it from the bottom to the top.
+
 # %% id="model-picture"
 import matplotlib.pyplot as plt
 
@@ -54,10 +57,17 @@ fig, ax = plt.subplots(figsize=(6.5, 5))
 ax.plot([0, 0], [0.5, 8.4], color="black", lw=5, solid_capstyle="butt")
 for y, text, colour in ((2.2, "RMSNorm → attention", "#dce9f7"), (4.2, "RMSNorm → feed-forward", "#f7e3d0")):
     step(ax, y, text, colour, x=2.4)
-    ax.annotate("", (1.1, y), (0, y - 0.7), arrowprops=dict(arrowstyle="->", connectionstyle="angle,angleA=0,angleB=90"))
-    ax.annotate("", (0.05, y + 0.7), (2.4, y + 0.3), arrowprops=dict(arrowstyle="->", connectionstyle="angle,angleA=90,angleB=0"))
+    read, add = (dict(arrowstyle="->", connectionstyle=f"angle,angleA={a},angleB={90 - a}") for a in (0, 90))
+    ax.annotate("", (1.1, y), (0, y - 0.7), arrowprops=read)
+    ax.annotate("", (0.05, y + 0.7), (2.4, y + 0.3), arrowprops=add)
     ax.text(-0.4, y + 0.7, "+", size=16, ha="center", va="center")
-for y, text in ((0.2, "token ids (B, T) → embedding (B, T, C)"), (6.4, "the next block, and so on"), (7.5, "RMSNorm"), (8.7, "output layer → logits (B, T, V)")):
+around = {
+    0.2: "token ids (B, T) → embedding (B, T, C)",
+    6.4: "the next block, and so on",
+    7.5: "RMSNorm",
+    8.7: "output layer → logits (B, T, V)",
+}
+for y, text in around.items():
     step(ax, y, text, "white", x=0)
 ax.add_patch(plt.Rectangle((-0.9, 1.1), 5, 4.3, fill=False, ls="--"))
 ax.text(4.2, 3.3, "one block,\nrepeated", size=10, va="center")
@@ -69,39 +79,46 @@ show(fig, "The model: a stream of vectors (thick line) runs from the embedding t
 # ## Why not simply stack the layers?
 #
 # Take 24 feed-forward layers from chapter 6 and chain them, each one working on the output of the last. Follow the size of the vectors, as the root mean square of their numbers.
-# What do you expect after 24 layers, when all weights are drawn with standard deviation 0.02?
+# What do you expect after 24 layers, when all weights are drawn with standard deviation 0.05?
 
-# %% id="model-plain-stack"
+# %% id="model-stack"
 from minimind.data import set_seed
 
 
-def rms(x):
-    return x.float().pow(2).mean().sqrt().item()
-
-
-set_seed(7)
-layers = [SwiGLU(160, 448) for _ in range(24)]
-for layer in layers:
-    for weight in layer.parameters():
-        nn.init.normal_(weight, std=0.02)
-
-# %% id="model-plain-stack-run"
-def sizes(step):
-    x, seen = torch.randn(100, 160), []
+def stack(spread, number=24):
+    set_seed(7)
+    layers = [SwiGLU(160, 448) for _ in range(number)]
     for layer in layers:
-        with torch.no_grad():
+        for weight in layer.parameters():
+            nn.init.normal_(weight, std=spread)
+    return layers
+
+
+def rms(x):
+    return x.detach().pow(2).mean().sqrt().item()
+
+# %% [markdown]
+# `step` says how a layer and its input make the next vector, so that other ways can be tried later.
+
+# %% id="model-stack-run"
+def sizes(step, spread):
+    set_seed(1)
+    x, seen = torch.randn(100, 160), []
+    with torch.no_grad():
+        for layer in stack(spread):
             x = step(layer, x)
-        seen.append(rms(x))
+            seen.append(rms(x))
     return seen
 
 
-chained = sizes(lambda layer, x: layer(x))
-print("after 1 layer", chained[0], "after 4", chained[3], "after 24", chained[-1])
-assert chained[-1] == 0
+for spread in (0.05, 0.08):
+    chained = sizes(lambda layer, x: layer(x), spread)
+    print(f"spread {spread}:", "  ".join(f"{size:.1e}" for size in chained[:7]))
+assert sizes(lambda layer, x: layer(x), 0.05)[-1] == 0
 
 # %% [markdown]
-# The signal is gone after a handful of layers: each product shrinks it, until float32 has no smaller number. Larger weights make it explode instead. No choice of weights is safe for every depth,
-# so models use two tools.
+# With the smaller weights the signal is gone after six layers: each layer shrinks it, until float32 has no smaller number. With weights 1.6 times larger it explodes. No choice is safe
+# for every depth, so models use two tools.
 #
 # **The residual path.** A layer does not replace its input, it adds to it: `x + layer(x)`. Whatever a layer does, the input gets through, and so does the gradient.
 #
@@ -139,6 +156,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
+# %% [markdown]
+# It equals the formula, and an input a thousand times as large gives the same output:
+
 # %% id="model-rmsnorm-check"
 norm, vectors = RMSNorm(160), torch.randn(5, 160)
 torch.testing.assert_close(norm(vectors), vectors / (vectors.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
@@ -147,30 +167,50 @@ torch.testing.assert_close(norm(1000 * vectors), norm(vectors), atol=1e-4, rtol=
 # %% [markdown]
 # **Exercise 7.1 (10 min, ★).** Write `RMSNorm`. LayerNorm also subtracts the mean. Find a vector for which the two agree, and one for which they do not.
 #
-# With both tools the same 24 layers keep their signal:
+# Now four ways to stack the same 24 layers: without tools, with the residual path alone, and with a norm in one of two places. Which of them survive both spreads?
 
 # %% id="model-residual-run"
 norm = RMSNorm(160)
-curves = {
-    "layer(x)": chained,
-    "x + layer(x)": sizes(lambda layer, x: x + layer(x)),
-    "x + layer(norm(x))": sizes(lambda layer, x: x + layer(norm(x))),
-    "norm(x + layer(x))": sizes(lambda layer, x: norm(x + layer(x))),
+ways = {
+    "layer(x)": lambda layer, x: layer(x),
+    "x + layer(x)": lambda layer, x: x + layer(x),
+    "x + layer(norm(x))": lambda layer, x: x + layer(norm(x)),
+    "norm(x + layer(x))": lambda layer, x: norm(x + layer(x)),
 }
 
+# %% [markdown]
+# Each of them, with small weights on the left and larger ones on the right:
+
 # %% id="model-residual-picture"
-fig, axes = plt.subplots(1, 2, figsize=(7, 2.8))
-for name, values in curves.items():
-    for ax in axes:
-        ax.plot(range(1, 25), [max(v, 1e-45) for v in values], label=name)
-axes[0].set(yscale="log", ylim=(1e-12, 1e2), xlabel="layer", ylabel="size of the vectors (RMS)")
-axes[1].set(ylim=(0.98, 1.12), xlabel="layer", title="the same, enlarged")
-axes[0].legend(loc="center right", fontsize=8)
-show(fig, "Size of the vectors through 24 layers: chained layers lose the signal within a few layers, the residual versions keep it.")
+fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
+for ax, spread in zip(axes, (0.05, 0.08)):
+    for name, step in ways.items():
+        ax.plot(range(1, 25), sizes(step, spread), label=name)
+    ax.set(yscale="log", ylim=(1e-6, 1e6), xlabel="layer", title=f"weights with spread {spread}")
+axes[0].set_ylabel("size of the vectors (RMS)")
+axes[1].legend(loc="lower right")
+show(fig, "Size of the vectors through 24 layers: without a norm they vanish or explode, with a norm in either place they stay near 1.")
 
 # %% [markdown]
-# The last two lines differ in where the norm stands. **Post-norm** (the 2017 design) normalises the stream itself, so that every norm stands in the way of the gradient. **Pre-norm** leaves the stream alone
-# and normalises only what a layer reads. It trains without tricks (Xiong et al. 2020), and it is what all models of this course use.
+# The two ways with a norm look alike here. Backward they do not. Take the gradient of some function of the result with respect to the input of the first layer:
+
+# %% id="model-residual-gradient"
+def gradient_size(step, spread):
+    set_seed(1)
+    start = x = torch.randn(100, 160, requires_grad=True)
+    for layer in stack(spread):
+        x = step(layer, x)
+    (norm(x) * torch.randn(100, 160)).sum().backward()
+    return rms(start.grad)
+
+
+pre, post = (gradient_size(ways[name], 0.08) for name in ("x + layer(norm(x))", "norm(x + layer(x))"))
+print(f"gradient at the first layer: norm inside {pre:.1f}, norm outside {post:.0f}")
+assert post > 5 * pre
+
+# %% [markdown]
+# **Post-norm** (the 2017 design) normalises the stream itself, so that the gradient passes through every norm and is multiplied each time. **Pre-norm** leaves the stream alone
+# and normalises only what a layer reads: one path from end to start has nothing but additions. It trains without a careful warm-up (Xiong et al. 2020), and all models of this course use it.
 #
 # ## Sizes in one place
 #
@@ -287,11 +327,15 @@ def full_mask(attention_mask: Tensor | None, past: int, input_ids: Tensor) -> Te
     mask = causal_mask(T, past + T).to(input_ids.device)[None, None]  # (1, 1, T, S)
     if attention_mask is None:
         return mask
-    if attention_mask.shape != (input_ids.size(0), past + T):
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected (B, past + T) = {(input_ids.size(0), past + T)}")
+    expected = (input_ids.size(0), past + T)
+    if attention_mask.shape != expected:
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected (B, past + T) = {expected}")
     # A padded position may look at itself: a row without any key would be 0 / 0.
-    own = torch.arange(past, past + T, device=input_ids.device)[:, None] == torch.arange(past + T, device=input_ids.device)
-    return mask & (attention_mask.bool()[:, None, None, :] | own)
+    itself = torch.eye(past + T, dtype=torch.bool, device=mask.device)[past:]
+    return mask & (attention_mask.bool()[:, None, None, :] | itself)
+
+# %% [markdown]
+# A row of four tokens, whose first is padding:
 
 # %% id="model-full-mask-check"
 ids = torch.zeros(1, 4, dtype=torch.long)
@@ -299,7 +343,7 @@ assert full_mask(None, 0, ids) is None
 print(full_mask(torch.tensor([[0, 1, 1, 1]]), 0, ids)[0, 0].int())
 
 # %% [markdown]
-# Read it row by row: row t says what position t may see. Position 0 is padding, and nobody else looks at it.
+# Row t says what position t may see. Nobody but position 0 itself looks at position 0.
 #
 # Under mixed precision, matrix products run in bfloat16, and torch converts their inputs each time. If the stream already has that type, nothing needs converting:
 
@@ -311,7 +355,9 @@ def working_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 # %% [markdown]
-# The decoder: embedding, blocks, final norm. Cosines and sines are computed once for each call and shared by all layers.
+# The decoder turns token ids into hidden vectors: look up the embedding, send the stream through all blocks, normalise once more at the end, because the stream has grown on its way.
+# Positions are whole numbers from 0, or from where a cache of earlier tokens ends (chapter 10). Their cosines and sines are computed once for each call and shared by all layers; the `rotation` that
+# is handed to each block is a function that already knows them.
 
 # %% id="model-decoder"
 #| export
@@ -432,17 +478,36 @@ class MiniMind(nn.Module):
         return load_model(Path(folder))
 
 # %% [markdown]
-# A first call, and the property that everything rests on: changing a later token never changes an earlier prediction.
+# Follow one batch of two rows of 40 tokens through it. A hook on each part writes down the shape of what comes out:
 
-# %% id="model-causality"
+# %% id="model-shapes"
 set_seed(0)
 model = MiniMind(ModelConfig.preset("tiny"))
 ids = torch.randint(0, 2048, (2, 40))
+hooks = []
+for name in ("embed_tokens", "layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.mlp.gate_proj", "layers.0", "norm"):
+    part = model.model.get_submodule(name)
+    hooks.append(part.register_forward_hook(lambda _, __, y, name=name: print(f"{name:26} {tuple(y.shape)}")))
+logits = model(ids)
+for hook in hooks:
+    hook.remove()
+print(f"{'logits':26} {tuple(logits.shape)}")
+assert logits.shape == (2, 40, 2048)
+
+# %% [markdown]
+# The stream keeps its shape (B, T, C) from the embedding to the last norm; only inside a block is it wider or narrower. The logits at position t score all V candidates for token t + 1.
+#
+# Now the property that everything rests on: changing a later token never changes an earlier prediction.
+
+# %% id="model-causality"
 changed = ids.clone()
 changed[:, 25] = (changed[:, 25] + 1) % 2048
 with torch.no_grad():
     difference = (model(ids) - model(changed)).abs().amax((0, 2))  # (T,)
 assert difference[:25].max() < 1e-5 and difference[25:].min() > 1e-4
+
+# %% [markdown]
+# Position by position:
 
 # %% id="model-causality-picture"
 fig, ax = plt.subplots(figsize=(6, 2.3))
@@ -472,8 +537,11 @@ def first_loss(spread):
 
 
 losses = {spread: first_loss(spread) for spread in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)}
-print({spread: round(loss, 3) for spread, loss in losses.items()}, " ln V =", round(math.log(2048), 3))
 check("transformer/first_loss_over_ln_v", losses[0.02] / math.log(2048))
+print({spread: round(loss, 2) for spread, loss in losses.items()})
+
+# %% [markdown]
+# The usual 0.02 starts within one percent of ln V. Ten times as much starts at 10.7:
 
 # %% id="model-first-loss-picture"
 fig, ax = plt.subplots(figsize=(5.5, 2.6))
@@ -514,7 +582,7 @@ def count_parameters(config: ModelConfig, active: bool = False) -> int:
     return matmul_parameters(config, experts) + norms + embedding
 
 # %% [markdown]
-# Predict all presets and compare with the real thing. Building 198 million parameters would take 800 MB; on torch's `meta` device tensors have shapes and no memory.
+# Two functions, because the first is needed again for the operations. Predict all presets and compare with the real thing. Building 198 million parameters would take 800 MB; on torch's `meta` device tensors have shapes and no memory.
 
 # %% id="model-count-check"
 published = {"minimind2-small": 25.83, "minimind3": 64, "minimind3-moe": 198}
@@ -526,15 +594,20 @@ for name in PRESETS:
     active = count_parameters(config, active=True)
     print(f"{name:16} {built:>12,}   active {active:>11,}   published {published.get(name, '-')} M")
 
+# %% [markdown]
+# All five are exact. A tied embedding counts once, and `active` leaves out the experts that a token does not visit. Where do the parameters sit?
+
 # %% id="model-count-picture"
 names = list(PRESETS)
 configs = [ModelConfig.preset(name) for name in names]
 total = torch.tensor([count_parameters(c) for c in configs])
 embedding = torch.tensor([c.vocab_size * c.hidden_size for c in configs])
-attention = torch.tensor([2 * c.num_hidden_layers * c.hidden_size * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) for c in configs])
+heads = [c.num_hidden_layers * (c.num_attention_heads + c.num_key_value_heads) for c in configs]
+attention = torch.tensor([2 * h * c.hidden_size * c.head_dim for h, c in zip(heads, configs)])
 fig, ax = plt.subplots(figsize=(7, 2.8))
 left = torch.zeros(len(names))
-for part, label, hatch in ((embedding, "embedding", ""), (attention, "attention", "//"), (total - embedding - attention, "feed-forward", "..")):
+rest = total - embedding - attention
+for part, label, hatch in ((embedding, "embedding", ""), (attention, "attention", "//"), (rest, "feed-forward", "..")):
     ax.barh(names, part / total, left=left, label=label, hatch=hatch, edgecolor="white")
     left = left + part / total
 ax.set(xlabel="share of all parameters", xlim=(0, 1))
@@ -577,8 +650,8 @@ for name in ("tiny", "tiny-moe"):
     measured = counter.get_total_flops() / (B * T)
     predicted = flops_per_token(model.config, T)
     print(f"{name:9} predicted {predicted:,}, counted {measured:,.0f} a token")
-    check(f"transformer/flops_{name}", predicted / measured)
-    assert 0.9 < predicted / measured < 1.1
+    ratio = check(f"transformer/flops_{name}", predicted / measured)
+    assert 0.9 < ratio < 1.1
 
 # %% [markdown]
 # For short rows the weights dominate, and "6 × parameters for a token" is a good rule. When does attention take over?
@@ -592,7 +665,7 @@ for name in ("tiny", "minimind2-small", "minimind3"):
 ax.axhline(0.5, color="grey", ls=":", lw=1)
 ax.set(xscale="log", xlabel="tokens in a row (T)", ylabel="share of operations", ylim=(0, 1))
 ax.legend()
-show(fig, "Share of all operations that attention scores take: half of the work from a few thousand tokens on, earlier for narrow models.")
+show(fig, "Share of all operations that attention scores take: half of all work is reached at 1,100 tokens in the tiny model and at some thousands in the others.")
 
 # %% [markdown]
 # **Exercise 7.6 (10 min, ★★).** Your processor runs `tiny` at some tokens per second (chapter 9 measures it). Turn that into FLOPs per second and compare with one large matrix product. The ratio is the model FLOPs utilisation.
@@ -717,6 +790,9 @@ def measure(name, precision):
         loss_of(model).backward()
     return {"activations": kept_bytes(model, loss_of), "total": memory.peak}
 
+# %% [markdown]
+# Predicted, measured, and their ratio, for two models in two precisions:
+
 # %% id="model-memory-check"
 rows = []
 for name in ("tiny", "tiny-moe"):
@@ -726,9 +802,12 @@ for name in ("tiny", "tiny-moe"):
         rows.append((f"{name}\n{precision}", predicted, measured["total"]))
         for what, value in measured.items():
             ratio = predicted[what] / value
-            print(f"{name:9} {precision} {what:11} predicted {predicted[what] / 1e6:6.1f} MB, measured {value / 1e6:6.1f} MB, ratio {ratio:.3f}")
+            print(f"{name:8} {precision} {what:11} {predicted[what] / 1e6:6.1f} MB, measured {value / 1e6:6.1f} MB: {ratio:.3f}")
             assert 0.9 < ratio < 1.1
-check("transformer/memory_tiny_bf16", rows[1][1]["total"] / rows[1][2])
+memory_ratio = check("transformer/memory_tiny_bf16", rows[1][1]["total"] / rows[1][2])
+
+# %% [markdown]
+# The same numbers by part. The black line is the measured peak:
 
 # %% id="model-memory-picture"
 fig, ax = plt.subplots(figsize=(7, 3))
@@ -737,7 +816,8 @@ for part, hatch in zip(("parameters", "gradients", "optimizer", "activations", "
     values = [predicted[part] / 1e6 for _, predicted, _ in rows]
     ax.bar(range(len(rows)), values, 0.5, bottom=bottom, label=part, hatch=hatch, edgecolor="white")
     bottom = [b + v for b, v in zip(bottom, values)]
-ax.plot(range(len(rows)), [peak / 1e6 for _, _, peak in rows], "k_", ms=60, mew=2, label="measured peak")
+for i, (_, _, peak) in enumerate(rows):
+    ax.hlines(peak / 1e6, i - 0.35, i + 0.35, color="black", lw=2, label=None if i else "measured peak")
 ax.set_xticks(range(len(rows)), [name for name, _, _ in rows])
 ax.set(ylabel="MB", xlim=(-0.6, 5.2))
 ax.legend(loc="right")
@@ -747,16 +827,20 @@ show(fig, "Predicted memory of a training step by part, and the measured peak: i
 # The parts that grow with the batch dominate small models; the 16 bytes for each parameter dominate large ones. For the presets on a GPU, at batch 32 and rows of 340:
 
 # %% id="model-memory-presets"
+print(f"{'GB':16} params  grads   Adam  activ.  loss  total")
 for name in PRESETS:
     memory = training_memory(ModelConfig.preset(name), batch=32, T=340, precision="bf16")
-    print(f"{name:16}", "  ".join(f"{part} {size / 1e9:.2f}" for part, size in memory.items()), "GB")
+    print(f"{name:16}" + "".join(f"{size / 1e9:7.2f}" for size in memory.values()))
 
 # %% [markdown]
 # **Exercise 7.7 (15 min, ★★).** Activation checkpointing keeps only the input of each block and computes the rest again. Predict memory and FLOPs of `minimind3` with it. When is it worth it?
 #
 # ## The same model as Hugging Face's
 #
-# A checkpoint of this course is a Hugging Face model folder. The configuration decides what it is: with experts Qwen3-MoE, with q/k norm Qwen3, without Llama.
+# A checkpoint of this course is a Hugging Face model folder with two files: `config.json` holds the sizes, `model.safetensors` the weights by name. Nothing is converted, because our names are theirs.
+# What kind of model it is follows from two fields: with experts it is a Qwen3-MoE, with q/k norm a Qwen3, and with neither a Llama.
+#
+# The safetensors format is a list of names, types and shapes, followed by the bare numbers. Unlike a pickle, reading it cannot run code, which matters for files from strangers.
 
 # %% id="model-config-json"
 #| export
@@ -778,7 +862,8 @@ def config_to_json(config: ModelConfig) -> dict:
     return {"model_type": kind, "architectures": [ARCHITECTURES[kind]]} | values | fixed
 
 # %% [markdown]
-# Reading accepts both spellings of the rotary settings that are in use, and refuses by name what our model does not have. Silently ignoring a field would give wrong logits without an error.
+# Reading is the harder direction. Rotary settings have two spellings in the wild: `rope_theta` and `rope_scaling` in older files, one dictionary `rope_parameters` in newer ones. And a file may ask for what
+# our model does not have, such as biases or a sliding window. Ignoring such a field would give wrong logits without an error, so it is refused by name.
 
 # %% id="model-config-from-json"
 #| export
@@ -811,7 +896,8 @@ def refuse_unsupported(values: dict, source: str) -> None:
             raise ValueError(f"{source}: {name} is {values[name]!r}; this model only has {value!r}")
 
 # %% [markdown]
-# Saving writes to a new folder beside the target and renames it when all is on disk. A kill in the middle leaves the old model whole.
+# Saving must survive a full disk and a kill at any moment. So nothing is ever written into the folder that others read: a draft is written beside it, and when the draft is whole, a rename puts it
+# in place. A rename either happens or does not. There are two of them here, and `recover` repairs the moment between.
 
 # %% id="model-save"
 #| export
@@ -854,7 +940,7 @@ def recover(folder: Path) -> None:
         os.replace(old, folder)
 
 # %% [markdown]
-# Loading is strict: every weight of the model must be in the file, with its shape, and nothing else.
+# Loading is strict: every weight of the model must be in the file, with its shape, and nothing else. All problems are listed by name, since one wrong size usually makes twenty of them.
 
 # %% id="model-load"
 #| export
@@ -903,12 +989,18 @@ from contextlib import redirect_stderr
 from io import StringIO
 
 families = {"llama": dict(qk_norm=False), "qwen3": {}, "qwen3_moe": dict(num_experts=4, moe_intermediate_size=96)}
-small = dict(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, intermediate_size=192)
+small = dict(
+    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    intermediate_size=192,
+)
 if importlib.util.find_spec("transformers"):
     from transformers import AutoModelForCausalLM
 else:
     families = {}
     print("transformers is not installed: this comparison is left out")
+
+# %% [markdown]
+# Small models with random weights are enough: a wrong sign, a swapped layout or a missing norm would show in every logit.
 
 # %% id="model-hugging-face-check"
 ids = torch.randint(0, 256, (2, 48))
@@ -940,7 +1032,7 @@ tensors = dict(ours.state_dict())
 tensors["model.layers.1.mlp.down_project.weight"] = tensors.pop("model.layers.1.mlp.down_proj.weight")
 other = MiniMind(ModelConfig(**small))
 other.load_state_dict(tensors, strict=False)
-print("logits differ by", (ours(ids) - other(ids)).abs().max().item())
+print(f"logits differ by {(ours(ids) - other(ids)).abs().max():.3f}, their spread is {ours(ids).std():.3f}")
 assert not torch.allclose(ours(ids), other(ids), atol=1e-4)
 
 # %% [markdown]
@@ -969,11 +1061,12 @@ with torch.no_grad():
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight.copy_(to_interleaved(projection.weight, 16))
 difference = (swapped(ids) - before).detach().abs().amax((0, 2))  # (T,)
-print("position 0:", difference[0].item(), " last position:", difference[-1].item())
+print(f"position 0: {difference[0]:.1e}, position 1: {difference[1]:.1e}, last: {difference[-1]:.1e}")
 assert difference[0] < 1e-5 < difference[-1]
 
 # %% [markdown]
-# Position 0 agrees, because it is not rotated and sees only itself; later positions drift. So a difference that begins at position 1 means positions are handled differently. Such symptoms are worth writing down.
+# Position 0 agrees exactly, because it is not rotated and sees only itself; later positions drift. So when a loaded model is almost right, look at the first position: if it agrees and the next does not, the
+# positions are handled differently. If it disagrees too, look at norms and weights.
 #
 # ## In five lines
 #
