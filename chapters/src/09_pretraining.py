@@ -305,14 +305,17 @@ else:
     print("torch.compile is left out:", "this profile switches it off" if has_compiler else "there is no C++ compiler here")
 
 # %% [markdown]
-# The table:
+# The table. With your numbers, which rung was the largest?
 
 # %% id="pretrain-table"
 slowest = speeds["naive: float32, padded rows"]
 for name, speed in speeds.items():
     print(f"{name:30} {speed:9,.0f} tokens/s   {speed / slowest:5.1f} x")
 check("pretrain/speedup", max(speeds.values()) / slowest)
-check("pretrain/packing_speedup", speeds["+ packing"] / slowest)
+_ = check("pretrain/packing_speedup", speeds["+ packing"] / slowest)
+
+# %% [markdown]
+# The same numbers as bars:
 
 # %% id="pretrain-ladder-figure"
 fig, ax = plt.subplots(figsize=(7, 2.8))
@@ -361,7 +364,7 @@ for step in range(2):
         optimizer.zero_grad()
 
 # %% [markdown]
-# Matrix products are the work itself; everything else is overhead that a better loop or a compiler could shrink.
+# Matrix products are the work itself. Attention moves many numbers for little arithmetic, and on a processor it costs far more than its share of the operations. The rest is overhead that a compiler could shrink.
 
 # %% id="pretrain-profile-figure"
 clock = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
@@ -602,7 +605,7 @@ if facts:
 # %% id="pretrain-samples"
 for index, prompt in enumerate(prompts):
     print(f"'{prompt}' ...")
-    for sample, entry in list(zip(samples, evals[-len(samples) :]))[:: max(1, len(samples) // 5)]:
+    for sample, entry in list(zip(samples, evals[-len(samples) :]))[:: -(-len(samples) // 5) or 1]:
         print(f"  {entry['tokens'] / 1e6:5.2f} M  {sample[index][len(prompt) :]!r}")
 
 # %% [markdown]
@@ -687,7 +690,7 @@ class Mistake:
 mistakes = {
     "right": lambda batch: batch,
     "padding in the loss": lambda batch: batch | {"labels": batch["labels"].masked_fill(batch["labels"] == -100, tokenizer.eos_id)},
-    "labels not shifted": lambda batch: batch | {"labels": batch["input_ids"]},
+    "labels not shifted": lambda batch: batch | {"labels": torch.where(batch["labels"] == -100, -100, batch["input_ids"])},
 }
 
 # %% [markdown]
