@@ -7,7 +7,7 @@
 #
 # You need chapters 4 (attention), 5 (positions) and 9 (a pretrained model). Chapter 2 explains the tokenizer.
 #
-# Reading 30 minutes; running: smoke 15 s, cpu 60 s.
+# Reading 35 minutes; running: smoke 15 s, cpu 30 s.
 
 # %% id="parameters" tags=["parameters"]
 profile = "cpu"
@@ -48,7 +48,7 @@ from minimind.tokenizer import Tokenizer
 folder = chapter.read("pretrain")
 model = MiniMind.from_pretrained(folder).to(chapter.device).eval()
 tokenizer = Tokenizer.from_pretrained(folder)
-valid_texts = [text for text, _ in zip(read_texts(chapter.read("data") / "pretrain" / "valid.jsonl.gz"), range(300))]
+valid_texts = [text[:20_000] for text, _ in zip(read_texts(chapter.read("data") / "pretrain" / "valid.jsonl.gz"), range(300))]
 text = max(valid_texts, key=len)
 print(text[:300])
 
@@ -341,7 +341,7 @@ show(fig, "Top-k keeps 20 everywhere; top-p and min-p keep one token where the m
 
 # %% id="generate-candidates-check"
 assert (counts["top-k 20"] >= 20).all()
-assert counts["top-p 0.9"].min() == 1 and counts["top-p 0.9"].max() > 1
+assert counts["top-p 0.9"].min() < counts["top-p 0.9"].max() and counts["min-p 0.1"].min() < counts["min-p 0.1"].max()
 
 # %% [markdown]
 # **Exercise 10.2 (15 min, ★★).** Swap temperature and top-p: cut first, then heat. Which pairs of settings give other candidates?
@@ -554,10 +554,10 @@ with_cache, without = (generate(model, prompt, 64, use_cache=use_cache) for use_
 assert (with_cache == without).all()
 
 # %% [markdown]
-# Greedy text first, then three draws from the same prompt:
+# Greedy text first, then three draws from the same prompt. The last two have the same heat; one has its tail cut.
 
 # %% id="generate-samples"
-samples = {"greedy": {}, "temperature 0.8": {"temperature": 0.8}, "0.8, top-p 0.9": {"temperature": 0.8, "top_p": 0.9}, "2.0": {"temperature": 2.0}}
+samples = {"greedy": {}, "temperature 0.8": {"temperature": 0.8}, "temperature 2": {"temperature": 2.0}, "temperature 2, min-p 0.1": {"temperature": 2.0, "min_p": 0.1}}
 for name, settings in samples.items():
     out = generate(model, prompt, 40, stop_ids=(tokenizer.eos_id,), seed=3, **settings)
     print(f"{name}: {tokenizer.decode(out[0].tolist(), skip_special=True)}\n")
@@ -612,7 +612,7 @@ speedup = check("generate/cache_speedup", float(slow.sum() / fast.sum()))
 #
 # ## 10.5 Many prompts at once
 #
-# A step costs nearly the same for one row as for eight, since it mostly waits for the weights. But rows of one batch must be equally
+# A step costs little more for eight rows than for one, since most of its time does not depend on the number of rows. But rows of one batch must be equally
 # long. Three prompts of unequal length have to be **padded**. On which side?
 
 # %% id="generate-three-prompts"
@@ -629,9 +629,12 @@ for p, new in zip(prompts, alone):
 T = max(map(len, prompts))
 right = torch.tensor([p + [tokenizer.eos_id] * (T - len(p)) for p in prompts], device=chapter.device)
 wrong = generate(model, right, 16)[:, T:].tolist()
-same = [w == a for w, a in zip(wrong, alone)]
-print("same as alone:", same)
-assert same[-1] and not all(same)  # only the longest prompt, which has no padding, is right
+print("same as alone:", [w == a for w, a in zip(wrong, alone)])
+with torch.inference_mode():
+    next_alone = [model(torch.tensor([p], device=chapter.device))[0, -1] for p in prompts]
+    next_padded = model(right)[:, -1]
+assert torch.allclose(next_padded[-1], next_alone[-1], atol=1e-3)  # the longest prompt has no padding
+assert not torch.allclose(next_padded[0], next_alone[0], atol=1e-1)
 
 # %% [markdown]
 # Pad on the left, and every prompt ends where the new tokens begin. Two things must be told to the model: a **mask**, so that
@@ -716,7 +719,7 @@ assert together == one_by_one
 # tokens of a word one by one:
 
 # %% id="generate-broken-pieces"
-word = "Zoë 猫"
+word = "Zoë 猫 🦊"
 pieces = [tokenizer.decode([token]) for token in tokenizer.encode(word)]
 print(pieces)
 assert "".join(pieces) != word and tokenizer.decode(tokenizer.encode(word)) == word

@@ -7,7 +7,7 @@
 #
 # You need chapters 4 (masks), 8 (the loop), 9 (a pretrained model) and 10 (generation). The chat template is from chapter 2.
 #
-# Reading 30 minutes; running: smoke 20 s, cpu 170 s.
+# Reading 35 minutes; running: smoke 20 s, cpu 90 s.
 
 # %% id="parameters" tags=["parameters"]
 profile = "cpu"
@@ -104,7 +104,10 @@ for question, (reply, stopped) in zip(five, base_replies):
 # Here is a short conversation of two turns from the training data, in the template of chapter 2.
 
 # %% id="sft-first-conversation"
-conversations = [row["conversations"] for row in read_conversations(data / "sft" / "train.jsonl.gz")]
+from itertools import islice
+
+rows = islice(read_conversations(data / "sft" / "train.jsonl.gz"), chapter.size.conversations)
+conversations = [row["conversations"] for row in rows]
 size_of = lambda messages: sum(len(m["content"] or "") for m in messages)
 several = min((c for c in conversations if len(c) == 4), key=size_of, default=conversations[0])
 print(tokenizer.apply_chat_template(several, tokenize=False))
@@ -241,10 +244,13 @@ else:
 # %% id="sft-lengths"
 context, padded_row = chapter.size.context, 768
 examples = [chat_example(tokenizer, messages, max_length=context + 1) for messages in conversations]
+usable = [(ids, labels) for ids, labels in examples if any(label != -100 for label in labels)]
+print(f"{len(examples) - len(usable)} of {len(examples):,} have no answer within {context} tokens and are left out")
+examples = usable
 lengths = np.array([len(ids) for ids, _ in examples])
 full = np.minimum(lengths, padded_row).mean() / padded_row
-print(f"{len(examples):,} conversations, {lengths.mean():.0f} tokens on average; rows of {padded_row} are {full:.0%} full")
-print(f"{(lengths > context).sum()} are cut at {context + 1} tokens")
+print(f"{lengths.mean():.0f} tokens on average; rows of {padded_row} are {full:.0%} full")
+print(f"{(lengths > context).sum()} conversations are cut at {context + 1} tokens")
 
 # %% [markdown]
 # The picture of the waste:
@@ -423,7 +429,7 @@ for r, row in enumerate(rows[:12]):
     for n, item in enumerate(row):
         ax.barh(r, len(chats.ids[item]), left=start, color=f"C{n % 6}", ec="white", hatch=["", "//", ".."][n % 3])
         start += len(chats.ids[item])
-ax.set(xlabel="position (tokens)", ylabel="row", xlim=(0, width))
+ax.set(xlabel="position (tokens)", ylabel="row", xlim=(0, width), yticks=range(0, 12, 2))
 show(fig, f"Packed rows of {width} tokens: each block is one conversation, and almost no place is empty.")
 
 # %% [markdown]
@@ -581,8 +587,8 @@ for name, (model, _) in short.items():
 
 # %% [markdown]
 # With the mask one early, the answer itself is right, and that makes this bug so hard to see: `<|im_end|>` was never learned, so the model goes on as it did in
-# pretraining. Not shifted, the model learned to say the current token again. Its loss falls to almost nothing, because what it must say stands right before
-# its eyes; a loss that is *too* good is the symptom. Two checks find both: print the tokens with their labels as above, and ask the model after one minute of training, not at the end.
+# pretraining. Its loss is even the lowest: instead of the end of a turn it learns the last header token, which never changes. Not shifted, the model is asked to say the token again that
+# it has just read, the opposite of what pretraining taught. Its loss starts highest, and then falls like the others. Two checks find both: print the tokens with their labels as above, and ask the model after one minute of training, not at the end.
 
 # %% id="sft-variants-check"
 for name, share in stops.items():
@@ -622,8 +628,6 @@ assert [order[step] for step in range(8)] == ["c0", "c1", "c2", "t0", "c3", "c4"
 # Everything is in place:
 
 # %% id="sft-batches"
-from itertools import islice
-
 from minimind.metrics import evaluate_bits_per_byte, token_byte_lengths
 from minimind.pretrain import PackedTokens
 
@@ -708,12 +712,12 @@ def evaluate(model):
 before = evaluate(base)
 
 # %% [markdown]
-# Now train; the three numbers come four times. The learning rate is lower than in pretraining: the model is good already, and large steps would break more than they build.
+# Now train; the three numbers come eight times. The learning rate is lower than in pretraining: the model is good already, and large steps would break more than they build.
 
 # %% id="sft-train"
 chat_model = base_model()
 steps = chapter.size.steps
-config = TrainConfig(steps=steps, learning_rate=chapter.size.learning_rate, log_every=max(1, steps // 40), eval_every=max(1, steps // 4),
+config = TrainConfig(steps=steps, learning_rate=chapter.size.learning_rate, log_every=max(1, steps // 40), eval_every=max(1, steps // 8),
                      precision=chapter.settings.precision)
 history = train(chat_model, batches, sft_loss, config, evaluate=evaluate, max_steps=chapter.max_steps)
 print(f"{history.tokens[-1]:,} tokens in {history.seconds[-1]:.0f} s")
@@ -768,17 +772,16 @@ for name in after:
 if after:
     fig, ax = plt.subplots(figsize=(7, 2.3))
     y = np.arange(3)
-    ax.barh(y + 0.2, list(base_score.values()), 0.38, label="base", color="0.7", hatch="//", ec="white")
-    ax.barh(y - 0.2, list(after.values()), 0.38, label="chat", color="C0")
-    ax.set(yticks=y, yticklabels=["right, seen people", "right, unseen people", "names copied, unseen"], xlabel="share of questions", xlim=(0, 1.02))
+    for shift, scores, name, look in ((0.2, base_score, "base", {"color": "0.7", "hatch": "//"}), (-0.2, after, "chat", {"color": "C0"})):
+        ax.bar_label(ax.barh(y + shift, list(scores.values()), 0.38, label=name, **look), fmt=" {:.0%}", fontsize=8)
+    ax.set(yticks=y, yticklabels=["right, seen people", "right, unseen people", "names copied, unseen"], xlabel="share of questions", xlim=(0, 1.1))
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
     show(fig, "The same questions to both models: SFT teaches the form, and facts that were never asked about come out in it.")
 
 # %% [markdown]
 # The facts about unseen people were never asked for in any text that the model has read. It learned the form from one half of the people and uses it on the
-# other half. That did not come by itself. With an earlier version of this world, whose dialogues were fewer and all of one form, a model of this size
-# got 38% of these questions right and named the right person in 16% of its answers. Asked for one person, it told the truth about
-# another. Copying a name is a skill, and it comes from text that needs it: dialogues in many forms about many different people (chapter 1).
+# other half. That did not come by itself: without the `talk` documents of chapter 1, which ask and answer about everybody, models of this size got 19% of these
+# questions right. Asked for one person, they told the truth about another. Copying a name from a question is a skill, and it comes from text that needs it.
 #
 # Look at what went wrong, if anything did. Is the *fact* wrong, or the *name*? An answer that is true of somebody else is a failure to copy: the name must travel from the question into the
 # answer (chapter 4 shows the heads that do it), and pretraining must have taught that.
