@@ -37,6 +37,7 @@ class Chapter:
         copy = self.run / "profile.yaml"  # a run keeps its own copy, with the changes made by --set
         self.settings: Profile = load_file(copy, self.root) if run and copy.is_file() else load(profile, self.root)
         self.profile: str = self.settings.name
+        self.settings.file = f"profiles/{self.profile}.yaml"  # where people look and change, not the run's copy
         self.model: str = self.settings.model
         self.world: dict = dict(self.settings.world)
         self.data: str = os.environ.get("MINIMIND_DATA") or local_data(self.settings.data, self.root)

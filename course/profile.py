@@ -238,10 +238,10 @@ def _leaves(value: object) -> Iterable[object]:
 
 
 def _chapter_name(name: str, root: Path, fail) -> None:
-    """`name` is NN_topic, and the chapter with that number has that name."""
+    """`name` is NN_topic, and there is such a chapter."""
     if not re.fullmatch(r"\d\d_[a-z0-9_]+", name):
         fail("expected the name of a chapter, such as 04_attention")
     folder = root / "chapters"
     known = {path.stem for path in (*folder.glob("*.ipynb"), *folder.glob("src/*.py")) if re.match(r"\d\d_", path.stem)}
-    if name not in known and any(other[:2] == name[:2] for other in known):
+    if known and name not in known:
         fail(f"no such chapter{_hint(name, sorted(known))}")

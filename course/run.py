@@ -243,7 +243,7 @@ class Run:
         )
         path = os.pathsep.join([str(Path(__file__).resolve().parent.parent), str(self.root)])
         command = [sys.executable, "-c", code, str(self.folder / "machine.json")]
-        subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.machine = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def environment(self) -> dict[str, str]:
         """What the chapters are told."""
