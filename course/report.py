@@ -160,7 +160,10 @@ def command(state: dict) -> str:
 def show_value(name: str, value: float) -> str:
     """A number as people read it: 97%, 4.2 GB, 12 min 05 s, 1,234,000."""
     if name in SHARES:
-        return f"{100 * value:.0f}%" if value in (0, 1) or 0.1 <= value <= 0.995 else f"{100 * value:.2g}%" if value < 0.1 else f"{100 * value:.1f}%"
+        percent = 100 * value
+        if percent in (0, 100) or 10 <= percent <= 99.5:
+            return f"{percent:.0f}%"
+        return f"{percent:.2g}%" if percent < 10 else f"{min(percent, 99.9):.1f}%"  # only all is 100%
     if name.endswith("_bytes"):
         return f"{value / 1e9:.2f} GB"
     if name == "course/seconds":
