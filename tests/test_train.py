@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -238,10 +239,11 @@ def test_history_has_means_real_tokens_and_evaluations():
         return {"score": 1.0}
 
     model = new_model()
-    history = train(model, Batches(), loss_fn, config(steps=10, log_every=4, eval_every=5), evaluate=evaluate, on_log=lambda h: heard.append(h.step[-1]))
+    c = config(steps=10, log_every=4, eval_every=5)
+    history = train(model, Batches(), loss_fn, c, evaluate=evaluate, on_log=lambda h: heard.append(h.step[-1]))
     assert history.step == heard == [4, 8, 10] and modes == [False, False] and model.training
     assert history.tokens[-1] == sum((Batches()[i]["labels"] != -100).sum().item() for i in range(10))
-    assert history.evals == [{"step": 5, "tokens": history.evals[0]["tokens"], "score": 1.0}, {"step": 10, "tokens": history.tokens[-1], "score": 1.0}]
+    assert [(e["step"], e["score"]) for e in history.evals] == [(5, 1.0), (10, 1.0)] and history.evals[-1]["tokens"] == history.tokens[-1]
     assert set(history.metrics[0]) == {"accuracy"} and all(speed > 0 for speed in history.tokens_per_second)
     every = train(new_model(), Batches(), loss_fn, config(steps=10, log_every=1))
     assert history.loss[0] == pytest.approx(sum(every.loss[:4]) / 4, abs=1e-5)
@@ -250,6 +252,17 @@ def test_history_has_means_real_tokens_and_evaluations():
 def test_max_steps_stops_earlier_on_the_same_schedule():
     short, whole = (train(new_model(), Batches(), loss_fn, config(log_every=1), max_steps=n) for n in (5, None))
     assert short.step == [1, 2, 3, 4, 5] and short.lr == whole.lr[:5] and short.loss == whole.loss[:5]
+
+
+@pytest.mark.skipif(not any(shutil.which(name) for name in ("c++", "g++", "clang++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_trains_the_same_model_and_its_checkpoint_is_a_plain_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # no pool of processes for one small model
+    model = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30))
+    plain = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 30))
+    plain.load_state_dict(model.state_dict())
+    history = train(model, Batches(), loss_fn, config(log_every=1, compile=True), tmp_path, max_steps=3)
+    assert history.loss == pytest.approx(train(plain, Batches(), loss_fn, config(log_every=1), max_steps=3).loss, abs=1e-4)
+    assert load_checkpoint(tmp_path)["model"].keys() == plain.state_dict().keys()
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_good_checkpoint(tmp_path):

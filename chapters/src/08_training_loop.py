@@ -1001,7 +1001,7 @@ ax.axvline(middle, color="grey", ls=":")
 ax.text(middle, ax.get_ylim()[1], " damaged batches", va="top", fontsize=8, color="dimgrey")
 ax.set(xlabel="step", ylabel="loss (nats per byte)")
 ax.legend()
-show(fig, "Two damaged batches at the dotted line: with clipping the run recovers at once; without it the run ends higher, and lower only where nothing was damaged.")
+show(fig, "Two damaged batches at the dotted line: the clipped run recovers at once; without clipping a run ends higher, damaged or not.")
 clip_gain = check("train/clip_gain_nats", unclipped.loss[-1] - clipped.loss[-1])
 
 # %% [markdown]
