@@ -32,9 +32,9 @@ for i, (word, share) in enumerate(zip(words, shares)):
     if i < 4:
         ax.annotate("", (i, 0.25), (4, 0.25), arrowprops={"arrowstyle": "->", "lw": 0.5 + 6 * share, "color": "#0072B2",
                                                          "shrinkA": 2, "connectionstyle": "arc3,rad=0.35"})
-ax.text(4, -0.55, "query: who was\nwritten just after Garus?", ha="center", va="center", fontsize=9)
-ax.text(1, -0.55, "key: I was written after Garus\nvalue: the town Foxhollow", ha="center", va="center", fontsize=9)
-ax.set(xlim=(-0.6, 4.8), ylim=(-0.85, 1.05))
+ax.text(4, -0.5, "query: who was\nwritten just after Garus?", ha="center", va="center", fontsize=9)
+ax.text(1, -0.5, "key: I was written after Garus\nvalue: the town Foxhollow", ha="center", va="center", fontsize=9)
+ax.set(xlim=(-0.6, 4.8), ylim=(-0.75, 0.95))
 ax.axis("off")
 show(fig, "The last word sends out a query; the word whose key fits best, Foxhollow, gives most of the answer (thickness is the share).")
 
@@ -121,6 +121,9 @@ row = (weights[:, None] * v).sum(dim=0)
 print(row)
 assert torch.allclose(row, weights @ v)
 
+# %% [markdown]
+# Scores and shares side by side. Position 3 is half a town, and it gets a quarter of what position 1 gets.
+
 # %% id="attention-hand-figure"
 fig, axes = plt.subplots(1, 2, figsize=(7, 2.4), sharey=False)
 axes[0].bar(range(4), scores, color="#0072B2")
@@ -150,6 +153,9 @@ for D in widths:
     largest["scaled"].append((dots / D**0.5).softmax(dim=-1).amax(dim=-1).mean().item())
 assert all(abs(s / D**0.5 - 1) < 0.05 for s, D in zip(spread, widths)), "the spread of a dot product is the root of D"
 print([f"D={D}: {s:.1f}" for D, s in zip(widths, spread)])
+
+# %% [markdown]
+# The spread at 64 is 8. Now the consequence: how much does the luckiest of sixteen random keys get?
 
 # %% id="attention-why-root-figure"
 fig, ax = plt.subplots(figsize=(7, 2.5))
@@ -224,6 +230,9 @@ scores = (Q @ k.T / 2**0.5).masked_fill(~causal_mask(4), -math.inf)
 weights = scores.softmax(dim=-1)
 assert (weights.triu(1) == 0).all() and torch.allclose(weights.sum(dim=-1), torch.ones(4))
 weights
+
+# %% [markdown]
+# Seen as pictures, with the mask for two new positions at the end of six as the third:
 
 # %% id="attention-mask-figure"
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.4))
@@ -514,6 +523,9 @@ for T in lengths:
         cost[name]["s"].append(seconds(function, *inputs))
         cost[name]["MB"].append(kept_bytes(function, *inputs) / 1e6)
 
+# %% [markdown]
+# Both axes are logarithmic, so a straight line is a power of $T$: slope 1 is proportional, slope 2 is the square.
+
 # %% id="attention-cost-figure"
 fig, axes = plt.subplots(1, 2, figsize=(7, 2.9))
 for name, marker in (("ours", "o"), ("fused", "s")):
@@ -534,18 +546,19 @@ show(fig, "Time (left) grows with the square of T for both in the end, and the f
 growth = {name: cost[name]["MB"][-1] / cost[name]["MB"][-2] for name in kinds}
 print({name: f"{factor:.2f} times" for name, factor in growth.items()})
 assert abs(growth["fused"] - 2) < 0.1 and growth["ours"] > 3
-check("attention/fused_speedup", cost["ours"]["s"][-1] / cost["fused"]["s"][-1])
-check("attention/memory_ratio", cost["ours"]["MB"][-1] / cost["fused"]["MB"][-1])
+faster = check("attention/fused_speedup", cost["ours"]["s"][-1] / cost["fused"]["s"][-1])
+smaller = check("attention/memory_ratio", cost["ours"]["MB"][-1] / cost["fused"]["MB"][-1])
 
 # %% [markdown]
 # Does the operating system agree? Two fresh processes do the same forward and backward pass at one length, and report the highest memory
-# that they ever held (`resource` exists on Linux and macOS).
+# that they ever held. Linux writes it as `VmHWM` into a file for each process; elsewhere the cell does nothing.
 
 # %% id="attention-peak-program"
 PROGRAM = """
-import resource, sys, torch, torch.nn.functional as F
+import re, sys, torch, torch.nn.functional as F
 from minimind.attention import attention
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak():  # in bytes
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1])
 def step(T):
     q, k, v = (torch.randn(1, 4, T, 32, requires_grad=True) for _ in range(3))
     run = attention if sys.argv[1] == "ours" else F.scaled_dot_product_attention
@@ -558,10 +571,11 @@ import subprocess
 import sys
 
 T = chapter.size.process_length
-for name in kinds if sys.platform != "win32" else ():
+for name in kinds if sys.platform == "linux" else ():
     command = [sys.executable, "-c", PROGRAM, name, str(T)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=chapter.root)
-    print(f"{name:6} T = {T}: {chapter.record(f'attention/peak_mb_{name}', float(done.stdout)):7.1f} MB more at the peak")
+    peak = chapter.record(f"attention/peak_mb_{name}", float(done.stdout))
+    print(f"{name:6} T = {T}: {peak:6.0f} MB more at the peak")
 
 # %% [markdown]
 # One table of $4 \cdot T^2$ numbers takes $16\,T^2$ bytes; ours holds several such tables at once during the backward pass.
@@ -604,13 +618,15 @@ def copied(model, attention_mask=None):
 
 # %% [markdown]
 # Training is a few lines here; chapter 8 makes it a proper loop. Only the six asked towns count in the loss, since nothing else in these texts can be predicted.
+# The model is so small that a second processor core would spend its time waiting, so training uses one.
 
 # %% id="attention-train"
-def train_copier(layers, attention_mask=None, seed=0):
+def train_copier(layers, steps, attention_mask=None, seed=0):
     torch.manual_seed(seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     generator, model, history = torch.Generator().manual_seed(seed), Copier(layers).to(chapter.device), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    steps = chapter.steps(chapter.size.steps)
     for step in range(steps):
         for group in optimizer.param_groups:  # a short warm-up, and down to zero at the end (chapter 8)
             group["lr"] = 5e-3 * min(1, (step + 1) / 20, (steps - step) / (0.25 * steps))
@@ -620,16 +636,21 @@ def train_copier(layers, attention_mask=None, seed=0):
         loss.backward()
         optimizer.step()
         history.append(loss.item())
+    torch.set_num_threads(threads)
     return model, history
 
 # %% [markdown]
 # **Predict:** is one layer of attention enough? Think of what the last word would need to know about the position of the right town.
 
 # %% id="attention-train-both"
-copier, curve_two = train_copier(layers=2)
-one_layer, curve_one = train_copier(layers=1)
-check("attention/copy_one_layer", copied(one_layer))
-check("attention/copy_two_layers", copied(copier))
+steps = chapter.steps(chapter.size.steps)
+copier, curve_two = train_copier(layers=2, steps=steps)
+one_layer, curve_one = train_copier(layers=1, steps=steps)
+for name, model in (("one_layer", one_layer), ("two_layers", copier)):
+    check(f"attention/copy_{name}", copied(model))
+
+# %% [markdown]
+# The two numbers are the end; the curves show how it came.
 
 # %% id="attention-train-figure"
 fig, ax = plt.subplots(figsize=(7, 2.8))
@@ -688,8 +709,8 @@ show(fig, "The work is divided: heads of layer 0 look from each town to the name
 # The numbers as metrics: the best head of each kind, in the layer where the story puts it.
 
 # %% id="attention-head-scores-check"
-check("attention/previous_head", previous[0].max().item())
-check("attention/induction_head", induction[1].max().item())
+for name, scores in (("previous", previous[0]), ("induction", induction[1])):
+    check(f"attention/{name}_head", scores.max().item())
 
 # %% [markdown]
 # And the two heads themselves. Each row is a word; dark cells are where it looks.
@@ -738,7 +759,7 @@ except ImportError:
 
 # %% id="attention-leak-train"
 everything = torch.ones(24, 24, dtype=torch.bool, device=chapter.device)
-leaky, curve_leaky = train_copier(layers=2, attention_mask=everything)
+leaky, curve_leaky = train_copier(2, chapter.steps(chapter.size.leak_steps), attention_mask=everything)
 in_view = copied(leaky, everything)
 
 # %% [markdown]
@@ -763,7 +784,7 @@ print(f"the future in view: {in_view:.0%} right; when writing: {writing:.0%}. Wi
 fig, axes = plt.subplots(1, 2, figsize=(7, 2.7), width_ratios=(1.6, 1))
 axes[0].plot(curve_two, label="causal mask", color="#0072B2", ls="-", lw=1.2)
 axes[0].plot(curve_leaky, label="no mask", color="#D55E00", ls="--", lw=1.2)
-axes[0].set(xlabel="step", ylabel="training loss (nats)", ylim=(0, 3.6))
+axes[0].set(xlabel="step", ylabel="training loss (nats)", xlim=(0, 250), ylim=(0, 3.6))
 axes[0].legend()
 bars = axes[1].bar(["causal", "no mask"], [copied_writing(copier), writing], color=["#0072B2", "#D55E00"], edgecolor="black")
 axes[1].bar_label(bars, fmt="{:.0%}")
@@ -771,8 +792,8 @@ axes[1].set(ylabel="right when writing", ylim=(0, 1.15))
 show(fig, "Without a mask the training loss falls sooner and looks better (left), but the model has only learned to read the answer, and fails when it must write (right).")
 
 # %% id="attention-leak-check"
-check("attention/leak_in_view", in_view)
-check("attention/leak_writing", writing)
+for name, share in (("in_view", in_view), ("writing", writing)):
+    check(f"attention/leak_{name}", share)
 
 # %% [markdown]
 # The rule: **a training loss that is too good is a leak until shown otherwise.** The causality test of 4.7 finds it before training.
