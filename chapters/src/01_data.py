@@ -29,7 +29,7 @@ steps = ["read", "check", "clean", "drop\ncopies", "drop test\nquestions", "spli
 fig, ax = plt.subplots(figsize=(7, 1))
 for i, step in enumerate(steps):
     box = {"boxstyle": "round,pad=0.35", "fc": "#DCE9F2", "ec": "#0072B2"}
-    ax.text(i, 0, step, ha="center", va="center", fontsize=9, bbox=box)
+    ax.text(i, 0, step, ha="center", va="center", fontsize=8.5, bbox=box)
     if i:
         ax.annotate("", (i - 0.42, 0), (i - 0.62, 0), arrowprops={"arrowstyle": "->"})
 ax.set(xlim=(-0.5, 7.5), ylim=(-0.5, 0.5))
@@ -197,9 +197,9 @@ def interview(world: "World", rng: random.Random) -> str:
 
 # %% [markdown]
 # The next two look like play, and they decide whether the model will ever answer a question. To answer "Where does Garus
-# live?" it must carry the name *Garus* from the question into the answer. Without `talk` documents, models of this size answered
-# 19% of the questions about people they had never been asked about, mostly with a true statement about somebody else;
-# with them 99%. So here everybody is asked about things that are no facts of the world: where they are just now, what
+# live?" it must carry the name *Garus* from the question into the answer. While this world was designed (100 people), a
+# model trained without `talk` documents answered 19% of the questions about people it had never been asked about, mostly
+# with a true statement about somebody else; with them it answered 99%. So here everybody is asked about things that are no facts of the world: where they are just now, what
 # they found.
 
 # %% id="world-things"
@@ -516,7 +516,7 @@ min(mentions), round(sum(mentions) / len(mentions)), max(mentions)
 
 # %% id="data-mentions-figure"
 fig, ax = plt.subplots(figsize=(7, 2.6))
-ax.hist(mentions, bins=30)
+ax.hist(mentions, bins=range(min(mentions), max(mentions) + 2), align="left")
 ax.set(xlabel="times that a fact is told", ylabel="facts")
 show(fig, "Every fact is told several times; the rarest far less often than the average.")
 
@@ -1106,7 +1106,7 @@ for _ in range(300):
 # %% [markdown]
 # ## 1.4 Copies
 #
-# Web text is full of copies. They cost steps, and a text seen many times is recited instead of understood (Lee et al.
+# Web text is full of copies. They cost steps, and a text seen many times is recited word for word (Lee et al.
 # 2022). Comparing each text with each other is hopeless: a million texts make 500 billion pairs. A hash makes it one look
 # into a table.
 
@@ -1234,7 +1234,7 @@ def draw_bands(r: int = 5):
     for rows in sorted({2, 5, 12, r}):
         bands, width = 128 // rows, 3 if rows == r else 1.3
         ax.plot(J, 1 - (1 - J**rows) ** bands, label=f"{bands} bands of {rows}", lw=width)
-    ax.set(xlabel="similarity J", ylabel="probability to meet", title=f"turns near {(1 / b) ** (1 / r):.2f}")
+    ax.set(xlabel="similarity J", ylabel="probability to meet", title=f"{b} bands of {r}: turns near {(1 / b) ** (1 / r):.2f}")
     ax.legend()
     return fig
 
