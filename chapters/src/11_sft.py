@@ -429,7 +429,7 @@ for r, row in enumerate(rows[:12]):
     for n, item in enumerate(row):
         ax.barh(r, len(chats.ids[item]), left=start, color=f"C{n % 6}", ec="white", hatch=["", "//", ".."][n % 3])
         start += len(chats.ids[item])
-ax.set(xlabel="position (tokens)", ylabel="row", xlim=(0, width), yticks=range(0, 12, 2))
+ax.set(xlabel="position (tokens)", ylabel="row", xlim=(0, width), yticks=range(0, min(12, len(rows)), 2))
 show(fig, f"Packed rows of {width} tokens: each block is one conversation, and almost no place is empty.")
 
 # %% [markdown]
