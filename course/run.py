@@ -103,6 +103,8 @@ class Run:
         chapters = select(args.only, all_chapters(root))
         source = args.data or profile.data
         data = resolve_data(source, root)
+        if args.data and Path(source).exists():
+            check_data(data, source)
         state = {
             "profile": profile.name, "set": args.set, "data": data, "data_name": source, "only": args.only, "max_steps": args.max_steps,
             "chapters": {chapter: {"status": "waiting"} for chapter in chapters}, "started": time.time(), "status": "running",
@@ -311,7 +313,7 @@ class Run:
         left = self.time_left()
         remaining = f"   about {clock(left)} left" if left else ""
         self._progress("")
-        print(f"  {title(name):22}{clock(entry['seconds']):>9}   {entry['peak_memory_bytes'] / 1e9:5.2f} GB{remaining}", flush=True)
+        print(f"  {title(name):22}{clock(entry['seconds']):>11}   {entry['peak_memory_bytes'] / 1e9:5.2f} GB{remaining}", flush=True)
         for sentence in artifacts.read_json(self.folder / "replaced.json", {}).values():
             if sentence not in self.told:
                 self.told.add(sentence)
@@ -438,19 +440,36 @@ def resolve_data(source: str, root: Path) -> str:
     return str(folder)
 
 
+def check_data(data: str, source: str) -> None:
+    """Read all of the given text once, before hours of work on it: RunError lists what is wrong with which line."""
+    if data == "world" or data.startswith("hf:"):
+        return
+    code = "import sys; from minimind import data\ntry: data.check_stages(data.stage_sources(sys.argv[1]))"
+    code += "\nexcept data.DataError as error: sys.exit(str(error))"
+    if message := in_other_process(code, data)[1]:
+        raise RunError(f"--data {source} cannot be used:\n{message}")
+
+
+def in_other_process(code: str, *words: str) -> tuple[str, str]:
+    """What a piece of Python prints, and its last words if it fails. What it imports, torch above all, leaves this process as small as it was."""
+    path = os.pathsep.join(dict.fromkeys([str(artifacts.home()), str(Path(__file__).resolve().parent.parent)]))
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    error = done.stderr.strip()
+    if error.startswith("Traceback"):
+        error = error.splitlines()[-1]
+    return done.stdout, (error or f"exit code {done.returncode}") if done.returncode else ""
+
+
 def replaced(profile: Profile, root: Path) -> list[str]:
     """Sentences on what the profile asks for and this machine cannot do: device, precision."""
     if profile.device != "cuda" and profile.precision in ("auto", "fp32"):
         return []
-    # In a process of its own, which gives the memory back: torch and a GPU context are large.
     code = "import sys; from course.chapter import replaced; print(*replaced(*sys.argv[1:]), sep='\\n')"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent.parent), str(root)])}
-    command = [sys.executable, "-c", code, profile.device, profile.precision]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        raise RunError(f"cannot tell what this machine can do: {lines[-1] if lines else 'torch does not start'}. `python -m course doctor` says more")
-    return [line for line in done.stdout.splitlines() if line]
+    printed, error = in_other_process(code, profile.device, profile.precision)
+    if error:
+        raise RunError(f"cannot tell what this machine can do: {error}. `python -m course doctor` says more")
+    return [line for line in printed.splitlines() if line]
 
 
 def title(name: str) -> str:
@@ -472,9 +491,10 @@ def _keep_profile(folder: Path, profile: Profile) -> None:
 
 
 def _fitting_profile() -> str:
-    from course.machine import fitting_profile
-
-    name, why = fitting_profile()
+    printed, error = in_other_process("from course.machine import fitting_profile; print(*fitting_profile(), sep='\\n')")
+    if error:
+        raise RunError(f"cannot tell which profile fits this machine: {error}. Name one with --profile, or ask `python -m course doctor`")
+    name, why = printed.splitlines()[:2]
     print(f"profile {name}: {why}")
     return name
 

@@ -67,4 +67,4 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 def course_run(home: Path, *options: str, **more: str) -> subprocess.CompletedProcess:
     """`python -m course run OPTIONS` in the course at `home`."""
     command = [sys.executable, "-m", "course", "run", *options]
-    return subprocess.run(command, env=environment(home, **more), cwd=home, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment(home, **more), cwd=home, capture_output=True, text=True, timeout=300)

@@ -54,7 +54,7 @@ def visits(folder: Path) -> list[str]:
     return path.read_text().split() if path.exists() else []
 
 
-def wait_for(condition, seconds: float = 60) -> None:
+def wait_for(condition, seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -148,6 +148,11 @@ def test_options_that_cannot_be_meant(home, capsys):
     assert not artifacts.runs().exists(), "a run that cannot start must leave nothing behind"
 
 
+def test_the_profile_that_fits_is_found_and_said(home, capsys):
+    name = run._fitting_profile()
+    assert name in ("smoke", "cpu", "t4", "gpu") and f"profile {name}: " in capsys.readouterr().out
+
+
 def test_selecting_chapters():
     names = ["00_a", "01_b", "02_c", "04_d"]
     assert run.select(None, names) == names
@@ -172,6 +177,16 @@ def test_data_is_found_and_checked(home, tmp_path, monkeypatch):
     for source, words in [("empty", "has no files"), ("nothing.txt", "is empty"), ("gone", "no such file")]:
         with pytest.raises(run.RunError, match=words):
             run.resolve_data(source, home)
+
+
+def test_bad_data_stop_the_run_before_it_begins(home, tmp_path, capsys):
+    text = tmp_path / "my.jsonl"
+    text.write_text('{"text": "good"}\n{"txet": "bad"}\nnot json\n')
+    assert go("--profile", "cpu", "--data", str(text)) == 2
+    error = capsys.readouterr().err
+    assert "cannot be used" in error and "my.jsonl:2" in error and "my.jsonl:3" in error
+    assert not artifacts.runs().exists()
+    assert run.resolve_data(str(text), home) == str(text), "without reading the lines, the path alone looks good"
 
 
 def test_the_chapters_are_told_about_the_data(home, tmp_path):
@@ -352,7 +367,7 @@ def start_and_kill(home: Path, name: str, whom: str) -> tuple[Path, int, int]:
     wait_for(lambda: (folder / "now").exists())
     kernel = state(folder)["kernel"][0]
     os.kill({"run": process.pid, "kernel": kernel}[whom], signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=180)
     return folder, process.returncode, kernel
 
 
@@ -366,7 +381,7 @@ def test_a_killed_run_leaves_no_kernel_and_no_half_artifact_and_resumes(home):
     left = [path for path in (folder / "artifacts").iterdir() if "pretrain" in path.name]
     assert len(left) == 1 and (left[0] / "half.txt").exists(), "the kill came too early to show anything"
     assert artifacts.about(folder / "artifacts" / "pretrain") is None and artifacts.about(left[0]) is None
-    wait_for(lambda: not alive(kernel), 20)
+    wait_for(lambda: not alive(kernel))
     (folder / "go").touch()
     assert go("--resume") == 0
     assert visits(folder) == ["first", "second"]
@@ -421,7 +436,7 @@ def test_a_terminated_run_says_how_to_go_on(home):
     wait_for(lambda: (folder / "now").exists())
     kernel = state(folder)["kernel"][0]
     process.terminate()
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=180)
     assert process.returncode == 130 and "course run --resume" in error
     assert state(folder)["status"] == "stopped" and not alive(kernel)
 
