@@ -450,17 +450,28 @@ show(
 # In JupyterLab you can move through the merges yourself, with any text.
 
 # %% id="tokenizer-widget" tags=["widget"]
-import ipywidgets as widgets
+from html import escape
 
 
-def split_with(text: str, count: int) -> None:
-    """Print the tokens of a text when only the first `count` merges are known."""
+def split_with(text: str, count: int) -> str:
+    """The tokens of a text, each in a box, when only the first `count` merges are known."""
     some = {pair: i for pair, i in ranks.items() if i < count}
     ids = [i for piece in split_text(text) for i in apply_merges(tuple(byte_ids()[b] for b in piece.encode()), some)]
-    print(f"{len(ids)} tokens:", " | ".join(spelling[i].decode(errors="replace") for i in ids))
+    boxes = (f'<span style="border:1px solid gray;padding:1px">{escape(spelling[i].decode(errors="replace"))}</span>' for i in ids)
+    return f"{len(ids)} tokens: <span style='white-space:pre'>{' '.join(boxes)}</span>"
 
 
-_ = widgets.interact(split_with, text=sentence, count=widgets.IntSlider(60, 0, len(merges), description="merges"))
+try:
+    from ipywidgets import HTML, IntSlider, Text, VBox
+
+    box, slider, line = Text(value=sentence), IntSlider(60, 0, len(merges), description="merges"), HTML()
+    fill = lambda _: setattr(line, "value", split_with(box.value, slider.value))  # noqa: E731
+    for control in (box, slider):
+        control.observe(fill, "value")
+    fill(None)
+    display(VBox([box, slider, line]))
+except ImportError:
+    print("pip install ipywidgets shows a slider here")
 
 # %% [markdown]
 # **Any bytes survive.** Take random bytes, most of them no valid UTF-8: a picture, a broken file. The pieces are cut from text, so we hand the bytes over as one piece.
@@ -524,21 +535,19 @@ assert fast_merges == merges
 print(f"the same {len(merges)} merges, in {fast_seconds:.2f} s instead of {by_hand_seconds:.1f} s")
 
 # %% [markdown]
-# How did we find the rule? Try another one and see where it parts. Here ties go to the **larger** ids, and the lists differ from the first tie on.
+# How did we find the rule? Try another one and see where it parts. Here ties go to the **larger** ids; we follow the library's list until the other rule would have chosen differently.
 
 # %% id="tokenizer-other-tie"
-other, now = [], dict(as_ids)
-for i in range(min(60, len(merges))):
+now = dict(as_ids)
+for i, pair in enumerate(merges):
     pairs = count_pairs(now)
-    other.append(max(pairs, key=lambda pair: (pairs[pair], pair)))
-    now = {merge_pair(units, other[-1], FIRST_MERGE + i): n for units, n in now.items()}
-parted = next((i for i, (a, b) in enumerate(zip(other, merges)) if a != b), None)
-print(
-    "no tie yet"
-    if parted is None
-    else f"they part at merge {parted}: {[spelling[j] for j in merges[parted]]} in the library"
-)
-assert best_pair(Counter({(40, 41): 2, (40, 39): 2, (39, 50): 2})) == (39, 50)
+    other = max(pairs, key=lambda pair: (pairs[pair], pair))
+    if other != pair:
+        break
+    now = {merge_pair(units, pair, FIRST_MERGE + i): n for units, n in now.items()}
+library, rule = ([spelling[j] for j in chosen] for chosen in (pair, other))
+print(f"merge {i}: both occur {pairs[pair]:,} times; the library took {library}, the other rule {rule}")
+assert other == pair or (pairs[other] == pairs[pair] and pair < other)
 
 # %% [markdown]
 # The same merges give the same tokens. Check it on text that neither has seen, Chinese included.

@@ -84,17 +84,22 @@ show(fig, "Next-letter probabilities counted in the text: each row is one letter
 # In JupyterLab, choose a letter and see its row.
 
 # %% id="language-widget" tags=["widget"]
-import ipywidgets as widgets
-
-
-def show_row(letter: str) -> None:
-    """Print the five likeliest letters after `letter`."""
+def row_of(letter: str) -> str:
+    """The five likeliest letters after `letter`, as lines with bars."""
     top = P[number[letter]].topk(5)
-    for p, i in zip(top.values.tolist(), top.indices.tolist()):
-        print(f"{alphabet[i]!r:5} {'#' * round(40 * p)} {p:.2f}")
+    return "".join(f"{alphabet[i]!r:5} {'#' * round(40 * p)} {p:.2f}\n" for p, i in zip(*(x.tolist() for x in top)))
 
 
-_ = widgets.interact(show_row, letter=[c for c in alphabet if c.isalpha()])
+try:
+    from ipywidgets import HTML, Dropdown, VBox
+
+    choice, lines = Dropdown(options=[c for c in alphabet if c.isalpha()], description="letter"), HTML()
+    fill = lambda _: setattr(lines, "value", f"<pre>{row_of(choice.value)}</pre>")  # noqa: E731
+    choice.observe(fill, "value")
+    fill(None)
+    display(VBox([choice, lines]))
+except ImportError:
+    print("pip install ipywidgets shows a list of letters here")
 
 # %% [markdown]
 # A table of probabilities can write: draw a next letter, go to its row, draw again.
@@ -294,31 +299,36 @@ if chapter.max_steps is None:
 #
 # ## 3.4 New text, and the count of zero
 #
-# A model is judged on text that it was not made from. Take the held-out texts. **Predict:** what does the counted table say of a pair that it never saw?
+# A model is judged on text that it was not made from. Suppose we had only twenty texts to count, and take the held-out texts as new. **Predict:** what does the table say of a pair that it never saw?
 
 # %% id="language-zero"
+few = letter_ids(some[:20])
+few_counts = torch.bincount(few[:-1] * V + few[1:], minlength=V * V).view(V, V).float()
 held = letter_ids(list(islice(read_texts(data / "pretrain" / "valid.jsonl.gz"), chapter.size.valid_texts)))
-fresh = (P[held[:-1], held[1:]] == 0).sum().item()
-print(f"{fresh} of {len(held) - 1:,} held-out pairs were never counted; loss {-P[held[:-1], held[1:]].log().mean():.3f}")
+p = (few_counts / few_counts.sum(1, keepdim=True).clamp(min=1))[held[:-1], held[1:]]
+print(f"{(p == 0).sum():,} of {len(p):,} held-out pairs were never counted; loss {-p.log().mean():.3f}")
+assert (p == 0).any() and torch.isinf(-p.log().mean())
 
 # %% [markdown]
-# One impossible pair makes the whole loss infinite. (If your text had none, the next one will.) The oldest repair is to pretend that each pair was seen a little: add a constant before dividing (Laplace). Too little trusts the counts too much, too much forgets them.
+# One impossible pair makes the whole loss infinite. The oldest repair is to pretend that every pair was seen a little: add a constant before dividing (Laplace). Too little keeps the surprise of new pairs huge; too much forgets what was counted.
 
 # %% id="language-smooth"
-def smoothed(constant: float) -> float:
-    """Held-out loss of the counts with `constant` added to each."""
+def smoothed(counts: torch.Tensor, constant: float) -> float:
+    """Held-out loss of a table of counts with `constant` added to each."""
     table = (counts + constant) / (counts + constant).sum(1, keepdim=True)
     return -table[held[:-1], held[1:]].log().mean().item()
 
 
-constants = [10.0**k for k in range(-6, 5)]
-fig, ax = plt.subplots(figsize=(6, 2.4))
-ax.plot(constants, [smoothed(c) for c in constants], "o-")
+constants = [10.0**k for k in range(-6, 4)]
+fig, ax = plt.subplots(figsize=(6, 2.5))
+ax.plot(constants, [smoothed(few_counts, c) for c in constants], "o-", label="20 texts counted")
+ax.plot(constants, [smoothed(counts, c) for c in constants], "s--", label=f"{len(some):,} texts counted")
 ax.set(xlabel="added to every count", ylabel="loss (nats per letter)", xscale="log")
-show(fig, "Held-out loss against the added constant: small constants change little here, large ones drown the counts.")
+ax.legend()
+show(fig, "Held-out loss against the added constant: with few texts it matters, with many it hardly does, until it drowns the counts.")
 
 # %% [markdown]
-# **Exercise 3.4 (10 min, ★★).** Count only the first 20 texts and draw the curve again. Why is the best constant now larger in effect, and what would the curve look like for triples?
+# **Exercise 3.4 (10 min, ★★).** Find the best constant for 5, 20, 100 and 1,000 texts. How does it move, and what would the curves look like for triples?
 #
 # ## 3.5 Bits per byte
 #
@@ -438,8 +448,8 @@ table = ((table + 0.01) / (table + 0.01).sum(1, keepdim=True)).log()  # (V, V) l
 token_pairs = evaluate_bits_per_byte(lambda ids: table[ids], valid_ids, byte_lengths)
 nats = token_pairs * math.log(2) * byte_lengths[valid_ids[1:]].sum().item() / (len(valid_ids) - 1)
 text_bytes = byte_lengths[valid_ids].sum().item()
-letter_pairs = bits_per_byte(smoothed(0.01) * (len(held) - 1), text_bytes)
-print(f"letters: {smoothed(0.01):.2f} nats per letter, {letter_pairs:.3f} bits per byte")
+letter_pairs = bits_per_byte(smoothed(counts, 0.01) * (len(held) - 1), text_bytes)
+print(f"letters: {smoothed(counts, 0.01):.2f} nats per letter, {letter_pairs:.3f} bits per byte")
 print(f"tokens:  {nats:.2f} nats per token,  {token_pairs:.3f} bits per byte")
 
 # %% [markdown]
@@ -552,6 +562,7 @@ class WindowModel(torch.nn.Module):
         super().__init__()
         self.window = window
         self.embed = torch.nn.Embedding(V, embedding)
+        torch.nn.init.normal_(self.embed.weight, std=0.1)  # small, so that training can move the vectors
         self.hidden = torch.nn.Linear(window * embedding, hidden)
         self.out = torch.nn.Linear(hidden, V)
 
