@@ -75,7 +75,7 @@ class Engine(NBClientEngine):
         nb_man.cell_start = cell_start
         client = PapermillNotebookClient(
             nb_man, km=manager, timeout=execution_timeout, startup_timeout=start_timeout, kernel_name=kernel_name,
-            on_notebook_start=lambda **_: watch.kernel(manager.provisioner.pid), shutdown_kernel="immediate",
+            on_notebook_start=lambda **_: watch.kernel(manager.provisioner.pid, folder), shutdown_kernel="immediate",
             extra_arguments=["--HistoryManager.enabled=False"],
         )  # fmt: skip
         client.owns_km = True
@@ -89,7 +89,7 @@ class Engine(NBClientEngine):
 class Watch:
     """Follows one execution: the cell that runs, the kernel's process, its memory."""
 
-    def __init__(self, environment: dict[str, str], on_cell: Callable[[int, int], None], on_kernel: Callable[[int], None]) -> None:
+    def __init__(self, environment: dict[str, str], on_cell: Callable[[int, int], None], on_kernel: Callable[[int, Path], None]) -> None:
         self.environment, self.on_cell, self.on_kernel = environment, on_cell, on_kernel
         self.current: tuple[int, dict] | None = None
         self.peak, self.pid, self._stop = 0, None, threading.Event()
@@ -98,9 +98,9 @@ class Watch:
         self.current = (index, cell)
         self.on_cell(index + 1, count)
 
-    def kernel(self, pid: int) -> None:
+    def kernel(self, pid: int, folder: Path) -> None:
         self.pid = pid
-        self.on_kernel(pid)
+        self.on_kernel(pid, folder)
         threading.Thread(target=self._measure, daemon=True).start()
 
     def _measure(self) -> None:
@@ -170,7 +170,7 @@ def execute(
     environment: dict[str, str] | None = None,
     cell_timeout: float | None = None,
     on_cell: Callable[[int, int], None] = lambda index, count: None,
-    on_kernel: Callable[[int], None] = lambda pid: None,
+    on_kernel: Callable[[int, Path], None] = lambda pid, folder: None,
 ) -> Result:
     """Run `notebook` from its first cell to its last and write it to `output`.
 

@@ -163,7 +163,7 @@ class Run:
         """What a killed run left: a kernel that still works, half-written files."""
         state = artifacts.read_json(self.folder / "state.json")  # now that nobody else has it
         self.state = state
-        pid, born = state.get("kernel") or (None, None)
+        pid, born, scratch = state.get("kernel") or (None, None, None)
         if pid and psutil.pid_exists(pid):
             try:
                 if abs(psutil.Process(pid).create_time() - born) < 1:
@@ -172,6 +172,8 @@ class Run:
                     kill_group(pid)
             except psutil.Error:
                 pass
+        if scratch and Path(scratch).name.startswith("course-"):
+            shutil.rmtree(scratch, ignore_errors=True)  # its sockets
         for folder in (self.folder, self.folder / "artifacts"):
             artifacts.remove_leftovers(folder)
         for name, entry in state["chapters"].items():
@@ -218,8 +220,8 @@ class Run:
         self._save()
         begun = time.monotonic()
 
-        def on_kernel(pid: int) -> None:
-            self._save(kernel=[pid, psutil.Process(pid).create_time()])
+        def on_kernel(pid: int, folder: Path) -> None:
+            self._save(kernel=[pid, psutil.Process(pid).create_time(), str(folder)])
 
         def on_cell(number: int, count: int) -> None:
             self._progress(f"  {title(name):22} cell {number} of {count}   {clock(time.monotonic() - begun)}")

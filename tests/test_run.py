@@ -382,11 +382,14 @@ def test_a_killed_run_leaves_no_kernel_and_no_half_artifact_and_resumes(home):
     assert len(left) == 1 and (left[0] / "half.txt").exists(), "the kill came too early to show anything"
     assert artifacts.about(folder / "artifacts" / "pretrain") is None and artifacts.about(left[0]) is None
     wait_for(lambda: not alive(kernel))
+    scratch = Path(state(folder)["kernel"][2])
+    assert scratch.is_dir()
     (folder / "go").touch()
     assert go("--resume") == 0
     assert visits(folder) == ["first", "second"]
     assert artifacts.about(folder / "artifacts" / "pretrain")["chapter"] == "02_second"
     assert (folder / "artifacts" / "pretrain" / "rest.txt").exists() and not left[0].exists()
+    assert not scratch.exists()
 
 
 def test_without_a_watch_on_its_parent_a_child_lives_on(tmp_path):
@@ -410,10 +413,10 @@ def test_resume_ends_the_kernel_of_a_killed_run(home):
     entry = {"profile": "cpu", "set": [], "data": "world", "data_name": "world", "only": None, "max_steps": None, "chapters": {}, "bands": True}
     entry |= {"status": "running", "started": 0.0}
     one = run.Run(folder, entry)
-    one._save(kernel=[stray.pid, psutil.Process(stray.pid).create_time()])
+    one._save(kernel=[stray.pid, psutil.Process(stray.pid).create_time(), None])
     one._clean()
     assert stray.wait(10) == -signal.SIGKILL
-    one._save(kernel=[other.pid, psutil.Process(other.pid).create_time() - 100])  # the number was given to somebody else since
+    one._save(kernel=[other.pid, psutil.Process(other.pid).create_time() - 100, None])  # the number was given to somebody else since
     one._clean()
     assert other.poll() is None
     other.kill()
