@@ -7,7 +7,7 @@
 # - measure surprise: cross-entropy, perplexity, and bits per byte,
 # - train the same model by gradient descent, and see it arrive at the counts,
 # - find the loss that an untrained model must have,
-# - set the baseline that every later model must beat, and beat half of it with a first small network.
+# - set the baseline that every later model must beat, and challenge it with a first small network.
 #
 # You need logarithms, a gradient, and the tokenizer of chapter 2.
 #
@@ -622,6 +622,14 @@ show(fig, "A network with a window of a few tokens passes the counted pairs earl
 chapter.curve("window model", range(1, steps + 1), [loss * per_byte for loss in losses], "steps", "bits per byte")
 chapter.record("language_modeling/network_bits_per_byte", network)
 _ = check("language_modeling/gain_over_bigram", by_order[1] - network)
+
+# %% [markdown]
+# Against the longest runs it is a close race. Compare what the two have to remember:
+
+# %% id="language-sizes"
+counted = len(np.unique(runs(train_ids.numpy(), chapter.size.order)))
+print(f"best count {baseline:.3f} bits per byte, {counted:,} different runs of {chapter.size.order} kept")
+print(f"network    {network:.3f} bits per byte, {sum(w.numel() for w in model.parameters()):,} weights")
 
 # %% [markdown]
 # All of this chapter in one picture. Each bar is what one more idea brought.
