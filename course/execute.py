@@ -36,7 +36,7 @@ class ChapterError(RuntimeError):
     """A notebook that did not reach its end: which cell, its source, and what happened."""
 
     def __init__(self, cell: str, source: str, name: str, message: str, traceback: str = "") -> None:
-        super().__init__(f"{name}: {message}")
+        super().__init__(f"cell {cell!r}: {name}: {message}")
         self.cell, self.source, self.name, self.message, self.traceback = cell, source, name, message, traceback
 
 
