@@ -57,6 +57,9 @@ def make_texts(count, generator, questions=6):
     order = torch.cat((torch.arange(6).expand(count, 6), torch.randint(6, (count, questions), generator=generator)), dim=1)
     return torch.stack((who.gather(1, order), where.gather(1, order)), dim=-1).flatten(1)
 
+# %% [markdown]
+# The model, with the switch. A rotation is handed to every layer; chapter 4 left the door `rotate` open for it.
+
 # %% id="rope-copier"
 class Copier(nn.Module):
     """Two layers of attention. With `rotation`, a function of positions, there is no table of places."""
@@ -119,10 +122,9 @@ for shift in (0, 3, 10, 100):
     print(f"moved by {shift:3}: {copied(table, shift).mean():.0%} right")
 
 # %% [markdown]
-# At a shift of 100 the table has rows that were never trained, and at 256 it has none. We want the opposite: what matters is not *where* two words
-# are, but **how far apart**.
-
-# %% [markdown]
+# A shift of three is enough to spoil it. Places that were never seen in training have vectors of noise, and after its last row the table has
+# nothing at all. We want the opposite: what matters is not *where* two words are, but **how far apart**.
+#
 # ## 5.2 Turn one pair
 #
 # Take a vector of two numbers $(a, b)$ and turn it by an angle $\varphi$: $(a \cos\varphi - b \sin\varphi,\; a \sin\varphi + b \cos\varphi)$.
@@ -185,13 +187,16 @@ assert all((grid.diagonal(d) - grid.diagonal(d)[0]).abs().max() < 1e-5 for d in 
 # ## 5.4 Many pairs, many speeds
 #
 # One pair is a clock with one hand: after a full turn, distances repeat. So a head of width $D$ has $D/2$ pairs that turn at different speeds,
-# $\theta_i = \text{base}^{-2i/D}$. The first turns by one radian for each position, the last nearly not at all.
+# $\theta_i = \text{base}^{-2i/D}$. The first turns by one radian for each position, the last by little more than 1/base.
 
 # %% id="rope-speeds"
 base, D = 100.0, 32
 speeds = base ** -(torch.arange(0, D, 2) / D)  # (D/2,), radians for each position
 print("first", speeds[0].item(), " last", round(speeds[-1].item(), 4), " positions for a full turn:", [round(x) for x in (2 * math.pi / speeds)[::3].tolist()])
 assert speeds[0] == 1 and len(speeds) == D // 2
+
+# %% [markdown]
+# The same as periods, for three bases:
 
 # %% id="rope-wavelength-figure"
 fig, ax = plt.subplots(figsize=(7, 2.8))
@@ -268,6 +273,9 @@ turned = apply_rope(x, cos, sin)
 assert torch.allclose(turned[0, 0, 7, [3, 3 + D // 2]], turn(x[0, 0, 7, [3, 3 + D // 2]], 7 * speeds[3].item()), atol=1e-5)
 assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-4)
 
+# %% [markdown]
+# Now move a text of 24 positions as a whole, by up to 1,000. The angles are float32 numbers, so a little rounding grows with the position.
+
 # %% id="rope-shift-fact"
 queries, keys = torch.randn(2, 1, 2, 24, D)
 def scores_at(shift):
@@ -301,7 +309,7 @@ assert torch.allclose(apply_rope_interleaved(x, cos, sin)[..., evens_first], app
 
 # %% [markdown]
 # A dot product does not care about the order of channels, as long as queries and keys have the same. So a model can move from one layout to the other: permute the
-# rows of `q_proj` and `k_proj`, head by head. Every converter between Meta's and Hugging Face's Llama files does exactly this.
+# rows of `q_proj` and `k_proj`, head by head. The conversion of Meta's Llama files to Hugging Face's needs this step.
 
 # %% id="rope-layouts"
 #| export
@@ -313,6 +321,9 @@ def to_half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
 def to_interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Reorder the rows of q_proj or k_proj (heads * D, C) from the half-split to the interleaved layout."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+
+# %% [markdown]
+# There and back must give the same numbers, and the first head must have its even rows first.
 
 # %% id="rope-layouts-check"
 weight = torch.randn(4 * D, 64)  # a q_proj with four heads
@@ -336,6 +347,9 @@ def agreement(base, distances, D=64):
 distances = torch.arange(0, 4096)
 assert agreement(1e4, distances)[0] == 1
 assert agreement(1e6, distances)[1000:].mean() > agreement(1e2, distances)[1000:].mean()
+
+# %% [markdown]
+# Drawn over distances from 0 to 4,095, on a logarithmic axis:
 
 # %% id="rope-decay-figure"
 def draw_decay(ax, base, **style):
@@ -379,6 +393,9 @@ def rotation(positions):
 
 rotary = train_copier(rotation)
 
+# %% [markdown]
+# Move the text by ever more, for both models:
+
 # %% id="rope-shift-figure"
 shifts = [0, 1, 3, 10, 30, 100, 200]
 right = {name: [copied(model, shift).mean().item() for shift in shifts] for name, model in (("table", table), ("rotary", rotary))}
@@ -389,6 +406,9 @@ ax.axhline(1 / 6, color="black", lw=1, ls=":")
 ax.set(xticks=range(7), xticklabels=shifts, xlabel="whole text moved by (positions)", ylabel="share copied", ylim=(0, 1.08))
 ax.legend(loc="center right")
 show(fig, "Move the whole text: the model with rotary positions does not notice, the one with a table of places fails (the dotted line is a guess among six).")
+
+# %% [markdown]
+# As numbers, moved by 100 positions:
 
 # %% id="rope-shift-check"
 for name in right:
@@ -512,6 +532,9 @@ for name, (inv_freq, attention_factor) in settings.items():
     check(f"rope/long_{name}", long[name][-6:].mean().item())
 frequencies.update(inv_freq=speeds, attention_factor=1.0)
 
+# %% [markdown]
+# The whole way, question by question (means of six questions):
+
 # %% id="rope-longer-figure"
 fig, ax = plt.subplots(figsize=(7, 3))
 for name, marker in zip(long, "os^d"):
@@ -523,8 +546,8 @@ ax.legend(loc="lower left", ncols=2)
 show(fig, "Far beyond the trained length, plain rotation forgets how to copy; dynamic scaling and above all YaRN keep it, without any training; linear scaling spoils even short distances.")
 
 # %% [markdown]
-# Linear scaling is the worst here: the first layer must find *the word just before*, and linear scaling moves that word from a distance of one to a distance of a small fraction. It needs some more training to be of use, and that is
-# how its authors use it. YaRN leaves the fast pairs alone, so neighbours stay neighbours.
+# Linear scaling fails from the first question on: the first layer must find *the word just before*, and linear scaling moves that word from a distance of one to a small fraction of one. Its authors use it together with some more
+# training, which we leave out here. YaRN leaves the fast pairs alone, so neighbours stay neighbours.
 #
 # **Exercise 5.4 (20 min, ★★).** Fine-tune `rotary` for 50 steps on long texts with linear scaling. Does it catch up with YaRN? How many steps does it take?
 #
@@ -532,7 +555,7 @@ show(fig, "Far beyond the trained length, plain rotation forgets how to copy; dy
 #
 # ## 5.9 Where it breaks
 #
-# **Turning queries and keys in opposite ways.** One wrong sign, and the score depends on $m + n$ instead of $m - n$. Norms are kept, shapes are right, the loss even falls for a while. Only the shift test finds it.
+# **Turning queries and keys in opposite ways.** One wrong sign, and the score depends on $m + n$ instead of $m - n$. Norms are kept and shapes are right. The shift test finds it.
 
 # %% id="rope-wrong-sign"
 def scores_wrong(shift):
@@ -551,8 +574,7 @@ def interleaved_rotation(positions):
     return lambda q, k: (apply_rope_interleaved(q, cos, sin), apply_rope_interleaved(k, cos, sin))
 
 rotary.rotation = interleaved_rotation
-wrong = copied(rotary).mean().item()
-check("rope/wrong_layout", wrong)
+wrong = check("rope/wrong_layout", copied(rotary).mean().item())
 
 # %% [markdown]
 # Converted, the model is itself again. That is the whole repair.
