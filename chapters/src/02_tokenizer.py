@@ -62,7 +62,7 @@ from minimind.data import read_conversations, read_texts
 
 data = chapter.read("data")
 texts = list(islice(read_texts(data / "pretrain" / "train.jsonl.gz"), chapter.size.texts))
-borrowed, example = finished.Tokenizer.train(texts[:500], 700), "Ana ate 12 naïve figs"
+borrowed, example = finished.Tokenizer.train(texts[:500], 700), "The goat is naïve: 12."
 ids = borrowed.encode(example)
 overview = {
     "text": [example],
@@ -71,10 +71,8 @@ overview = {
     "tokens": [borrowed.decode([i]) for i in ids],
     "ids": ids,
 }
-show(
-    draw_rows(overview, size=7),
-    "From text to numbers: UTF-8 bytes, pieces that no merge may cross, tokens made by merging bytes, and the id of each token.",
-)
+show(draw_rows(overview, size=7),
+     "From text to numbers: UTF-8 bytes, pieces that no merge may cross, tokens made by merging bytes, and the id of each token.")
 
 # %% [markdown]
 # ## 2.1 Which units?
@@ -110,9 +108,7 @@ import re
 known = {word for text in texts for word in re.findall(r"\w+", text)}
 page_words = re.findall(r"\w+", ENGLISH)
 unknown = [word for word in page_words if word not in known]
-print(
-    f"{len(known):,} different words in the world; {len(unknown) / len(page_words):.0%} of the page's are not among them: {unknown[:6]}"
-)
+print(f"{len(known):,} different words in the world; {len(unknown) / len(page_words):.0%} of the page's are not among them: {unknown[:6]}")
 assert 0 < len(unknown) < len(page_words)
 
 # %% [markdown]
@@ -257,10 +253,8 @@ def split_text(text: str) -> list[str]:
 import regex  # like re, with \p{L} for letters of all languages
 
 samples = {s: split_text(s) for s in ("It's 1,024 cats!", '"I know," said Garus.', "你好，世界 ok", "a  b\n\n c")}
-show(
-    draw_rows({f"row {i + 1}": pieces for i, pieces in enumerate(samples.values())}),
-    "Four texts cut into pieces: a space goes with the word after it, each digit stands alone, a run of Chinese letters is one piece.",
-)
+show(draw_rows({f"row {i + 1}": pieces for i, pieces in enumerate(samples.values())}),
+     "Four texts cut into pieces: a space goes with the word after it, each digit stands alone, a run of Chinese letters is one piece.")
 assert all("".join(pieces) == s == "".join(regex.findall(PATTERN, s)) for s, pieces in samples.items())
 assert all(pieces == regex.findall(PATTERN, s) for s, pieces in samples.items())
 
@@ -270,9 +264,7 @@ assert all(pieces == regex.findall(PATTERN, s) for s, pieces in samples.items())
 # %% id="tokenizer-piece-counts"
 piece_counts = Counter(piece for text in texts for piece in split_text(text))
 total = sum(piece_counts.values())
-print(
-    f"{total:,} pieces, {len(piece_counts):,} different ones; the most frequent: {[p for p, _ in piece_counts.most_common(6)]}"
-)
+print(f"{total:,} pieces, {len(piece_counts):,} different ones; the most frequent: {[p for p, _ in piece_counts.most_common(6)]}")
 assert "".join(split_text(ENGLISH + CHINESE)) == ENGLISH + CHINESE
 
 # %% [markdown]
@@ -388,10 +380,8 @@ for i, pair in enumerate(merges[: chapter.size.watched_merges]):
 fig, ax = plt.subplots(figsize=(7, 2.6))
 ax.loglog(range(1, len(winners) + 1), winners)
 ax.set(xlabel="merge", ylabel="places where it was made")
-show(
-    fig,
-    "The first merges are made in many thousand places of the text, later ones in few: each new token saves less than the one before.",
-)
+show(fig,
+     "The first merges are made in many thousand places of the text, later ones in few: each new token saves less than the one before.")
 assert winners == sorted(winners, reverse=True)
 
 # %% [markdown]
@@ -441,10 +431,8 @@ for count in sorted({n for n in (0, 5, 20, 60, 200, len(merges)) if n <= len(mer
         i for piece in split_text(sentence) for i in apply_merges(tuple(byte_ids()[b] for b in piece.encode()), some)
     ]
     rows[f"{count} merges"] = [spelling[i].decode(errors="replace") for i in ids]
-show(
-    draw_rows(rows, size=8),
-    "One sentence with more and more of the merges in use: letters grow into syllables, syllables into words.",
-)
+show(draw_rows(rows, size=8),
+     "One sentence with more and more of the merges in use: letters grow into syllables, syllables into words.")
 
 # %% [markdown]
 # In JupyterLab you can move through the merges yourself, with any text.
@@ -652,10 +640,8 @@ rows = {
     name: [coder.decode([i]) for i in coder.encode(attack, allow)]
     for name, allow in (("default", False), ("allowed", True))
 }
-show(
-    draw_rows(rows, shade=lambda row, i, text: "#D55E00" if text == "<|im_end|>" else "#eeeeee"),
-    "The same text twice: by default its letters are text, with allow_special the last box is the token that ends a turn.",
-)
+show(draw_rows(rows, shade=lambda row, i, text: "#D55E00" if text == "<|im_end|>" else "#eeeeee"),
+     "The same text twice: by default its letters are text, with allow_special the last box is the token that ends a turn.")
 half = coder.encode_bytes("好".encode()[:2])
 print(half, repr(coder.decode(half)))
 assert coder.decode(coder.encode(attack)) == attack and 2 not in coder.encode(attack)
@@ -973,10 +959,8 @@ cut = ids.index(tokenizer.im_start_id, 1)
 for label, part in (("user", ids[:cut]), ("assistant", ids[cut:])):
     rows[label] = [tokenizer.decode([i]) for i in part]
 colours = {"user": [i in marks for i in ids[:cut]], "assistant": [i in marks for i in ids[cut:]]}
-show(
-    draw_rows(rows, size=7.5, shade=lambda row, i, text: SHADES[0] if colours[row][i] else "white"),
-    "A chat of two messages as tokens: four real special tokens (coloured); the one that the user spelled is ordinary text.",
-)
+show(draw_rows(rows, size=7.5, shade=lambda row, i, text: SHADES[0] if colours[row][i] else "white"),
+     "A chat of two messages as tokens: four real special tokens (coloured); the one that the user spelled is ordinary text.")
 assert sum(i in marks for i in ids) == 4
 
 # %% [markdown]
@@ -1038,22 +1022,10 @@ print(tokenizer.apply_chat_template(talk, tools=weather, tokenize=False))
 
 # %% id="tokenizer-chinese-world"
 ZH_SAYS = [
-    (
-        "{}住在{}。|{}的家在{}。|大家都知道{}来自{}。",
-        "狐狸谷 磨坊镇 白石桥 红崖 风湖 盐港 绿野 北门 乌鸦山 松林 铜城 暮谷",
-    ),
-    (
-        "{}是一名{}。|{}靠做{}为生。|多年以前{}就成了{}。",
-        "面包师 织布工 老师 医生 农夫 水手 铁匠 画家 木匠 歌手 裁缝 牧羊人",
-    ),
-    (
-        "{}喜欢吃{}。|{}最爱的食物是{}。|{}每个星期都吃{}。",
-        "煎饼 洋葱汤 新鲜面包 烤鱼 苹果派 豆子汤 山羊奶酪 煎蛋 米布丁 核桃面包",
-    ),
-    (
-        "{}养了{}。|{}家里有{}。|{}常常带着{}去散步。",
-        "一只猫 一条狗 一只山羊 一只兔子 一只乌龟 一匹小马 一只青蛙 一只鹅",
-    ),
+    ("{}住在{}。|{}的家在{}。|大家都知道{}来自{}。", "狐狸谷 磨坊镇 白石桥 红崖 风湖 盐港 绿野 北门 乌鸦山 松林 铜城 暮谷"),
+    ("{}是一名{}。|{}靠做{}为生。|多年以前{}就成了{}。", "面包师 织布工 老师 医生 农夫 水手 铁匠 画家 木匠 歌手 裁缝 牧羊人"),
+    ("{}喜欢吃{}。|{}最爱的食物是{}。|{}每个星期都吃{}。", "煎饼 洋葱汤 新鲜面包 烤鱼 苹果派 豆子汤 山羊奶酪 煎蛋 米布丁 核桃面包"),
+    ("{}养了{}。|{}家里有{}。|{}常常带着{}去散步。", "一只猫 一条狗 一只山羊 一只兔子 一只乌龟 一匹小马 一只青蛙 一只鹅"),
     ("{}总是穿{}的衣服。|{}最喜欢{}。|{}把每扇门都漆成{}。", "红色 蓝色 绿色 黄色 紫色 白色 黑色 灰色 银色"),
 ]
 
@@ -1088,18 +1060,12 @@ for size in chapter.size.vocab_sizes:
 # %% id="tokenizer-sizes-bytes"
 fig, ax = plt.subplots(figsize=(7, 3))
 for (name, text), marker in zip(tests.items(), "os^v"):
-    ax.plot(
-        [v for v, _ in measured],
-        [len(text.encode()) / counts[name] for _, counts in measured],
-        marker=marker,
-        label=name,
-    )
+    lengths = [len(text.encode()) / counts[name] for _, counts in measured]
+    ax.plot([v for v, _ in measured], lengths, marker=marker, label=name)
 ax.set(xlabel="tokens in the vocabulary", ylabel="bytes per token", xscale="log")
 ax.legend()
-show(
-    fig,
-    "Bytes per token rise with the vocabulary as long as the training text has something left to merge; on pages unlike it they rise little.",
-)
+show(fig,
+     "Bytes per token rise with the vocabulary as long as the training text has something left to merge; on pages unlike it they rise little.")
 assert all(a[1]["EN world"] >= b[1]["EN world"] for a, b in zip(measured, measured[1:]))
 
 # %% [markdown]
@@ -1225,10 +1191,8 @@ for name, rate in speed.items():
 fig, ax = plt.subplots(figsize=(7, 2.4))
 ax.barh(list(speed)[::-1], list(speed.values())[::-1])
 ax.set(xlabel="megabytes of text per second", xscale="log")
-show(
-    fig,
-    "Encoding speed on one list of documents (logarithmic): plain Python, Python that remembers the pieces it has met, and the two libraries.",
-)
+show(fig,
+     "Encoding speed on one list of documents (logarithmic): plain Python, Python that remembers the pieces it has met, and the two libraries.")
 check("tokenizer/speed_over_python", speed["tokenizers, batch"] / speed["by hand"])
 best = {
     name: max(rate for racer, rate in speed.items() if racer.startswith(name)) for name in ("tokenizers", "tiktoken")
