@@ -43,7 +43,7 @@ def merge_pair(units: tuple, pair: tuple, new) -> tuple:
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-pattern
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English endings: it's, they're
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # letters, with one space or sign before them
+    r"| ?\p{L}+"  # letters, with one space before them
     r"|\p{N}"  # a single digit
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # signs
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # line ends and other blanks

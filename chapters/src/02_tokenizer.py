@@ -220,14 +220,15 @@ for _ in range(4):
 #
 # In running text the most frequent pair is often `.` and a space, or a space and `t`. Left alone, BPE would make units such as `. The`, which
 # hide the same word in many disguises. So the text is first cut into **pieces**, and merges stay inside a piece. GPT-2 cut with a regular
-# expression (Radford et al. 2019). We take the later form that Qwen uses (Bai et al. 2023), which also cuts every digit off by itself: then 12 and 13 share a token,
-# and sums are easier to learn. (MiniMind's own tokenizer keeps GPT-2's form and merges digits.)
+# expression (Radford et al. 2019). We take its form, with one change that Qwen made (Bai et al. 2023): every digit is cut off by itself. Then
+# 12 and 13 share a token, and sums are easier to learn. Qwen also lets one sign stick to the word after it. We do not: a quoted name such as `"Garus` would then be
+# one more disguise of Garus, and a small model has to learn each disguise by itself.
 
 # %% id="tokenizer-pattern"
 #| export
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"  # English endings: it's, they're
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"  # letters, with one space or sign before them
+    r"| ?\p{L}+"  # letters, with one space before them
     r"|\p{N}"  # a single digit
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*"  # signs
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # line ends and other blanks

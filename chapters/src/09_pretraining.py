@@ -664,7 +664,10 @@ print(f"step {last}: dense {dense_at[last]:.4f}, experts {moe_at[last]:.4f} bits
 print(f"the experts {'gain' if gain > 0 else 'lose'} {abs(gain):.4f} bits per byte, and a step takes {slower:.1f} times as long")
 
 # %% [markdown]
-# What the experts gain per token they may lose per second: on a processor, sorting tokens to experts costs more than it saves.
+# **Did you expect a gain?** On a laptop's few million tokens the experts lose, and in two ways. Per token: each expert has read
+# a quarter of the text, and its output is scaled by a router that is still unsure, so the model learns later. Per second: sorting tokens
+# to experts costs more than it saves. Larger models that read thousands of times more are another matter (Fedus, Zoph and Shazeer 2021);
+# this course claims only what it measured.
 
 # %% id="pretrain-moe-figure"
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
