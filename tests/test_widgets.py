@@ -35,8 +35,8 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason="no browser test: missing 
 # The cells that a widget needs, so that a test does not run the whole chapter.
 WIDGETS = {
     "04_attention": [
-        "attention-imports", "attention-picture", "attention-words", "attention-read-one", "attention-copier", "attention-copied", "attention-train",
-        "attention-train-both", "attention-maps", "attention-head-scores", "attention-map-draw", "attention-map-figure", "attention-map-widget",
+        "attention-imports", "attention-picture", "attention-words", "attention-read-one", "attention-causal-mask", "attention-repeat-kv",
+        "attention-weights", "attention-projections", "attention-class", "attention-copier", "attention-copied", "attention-train", "attention-train-both", "attention-maps", "attention-head-scores", "attention-map-draw", "attention-map-figure", "attention-map-widget",
     ],
     "05_rope": ["rope-imports", "rope-picture", "rope-decay", "rope-decay-figure", "rope-widget"],
 }  # fmt: skip

@@ -13,11 +13,15 @@ async function main() {
     page.setDefaultTimeout(wait);
     await page.goto(url);
     await page.waitForFunction(() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.isReady, null, { timeout: wait });
-    await page.evaluate(async () => {
+    const ran = await page.evaluate(async () => {
       const app = window.jupyterapp;
       await app.shell.currentWidget.sessionContext.ready;
-      await app.commands.execute("notebook:run-all-cells");
+      return await app.commands.execute("notebook:run-all-cells");
     });
+    if (ran === false) {
+      const words = await page.locator('[data-mime-type="application/vnd.jupyter.error"]').allInnerTexts();
+      throw new Error("a cell failed: " + words.join("\n").slice(-800));
+    }
     const slider = page.locator(".jupyter-widgets .noUi-handle").last();
     await slider.scrollIntoViewIfNeeded();
     const picture = page.locator(".jupyter-widgets img").last();
