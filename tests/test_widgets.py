@@ -36,7 +36,8 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason="no browser test: missing 
 WIDGETS = {
     "04_attention": [
         "attention-imports", "attention-picture", "attention-words", "attention-read-one", "attention-causal-mask", "attention-repeat-kv",
-        "attention-weights", "attention-projections", "attention-class", "attention-copier", "attention-copied", "attention-train", "attention-train-both", "attention-maps", "attention-head-scores", "attention-map-draw", "attention-map-figure", "attention-map-widget",
+        "attention-weights", "attention-projections", "attention-class", "attention-copier", "attention-copied", "attention-train",
+        "attention-train-both", "attention-maps", "attention-head-scores", "attention-map-draw", "attention-map-figure", "attention-map-widget",
     ],
     "05_rope": ["rope-imports", "rope-picture", "rope-decay", "rope-decay-figure", "rope-widget"],
 }  # fmt: skip
@@ -54,6 +55,9 @@ def lab(tmp_path_factory, root):
     folder, port, token = tmp_path_factory.mktemp("lab"), free_port(), secrets.token_hex(16)
     settings = {name: str(folder / name.lower()) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR",
                                                               "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")}  # fmt: skip
+    whole = folder / "jupyterlab_settings_dir" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    whole.parent.mkdir(parents=True)
+    whole.write_text('{"windowingMode": "none"}')  # else JupyterLab keeps cells that are out of view out of the page
     environment = dict(os.environ, **settings, PYTHONPATH=str(root), MINIMIND_MAX_STEPS="2", MINIMIND_RUN=str(folder / "run"))
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
                f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]  # fmt: skip

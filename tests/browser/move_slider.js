@@ -12,14 +12,18 @@ async function main() {
     const page = await browser.newPage({ viewport: { width: 1200, height: 1400 } });
     page.setDefaultTimeout(wait);
     await page.goto(url);
-    await page.waitForFunction(() => window.jupyterapp?.shell?.currentWidget?.sessionContext?.isReady, null, { timeout: wait });
+    const name = new URL(url).pathname.split("/").pop();
+    await page.waitForFunction((name) => {
+      const current = window.jupyterapp?.shell?.currentWidget; // at first it may be a notebook of the last visit
+      return current?.context?.path === name && current.sessionContext?.isReady;
+    }, name, { timeout: wait });
     const ran = await page.evaluate(async () => {
       const app = window.jupyterapp;
       await app.shell.currentWidget.sessionContext.ready;
       return await app.commands.execute("notebook:run-all-cells");
     });
     if (ran === false) {
-      const words = await page.locator('[data-mime-type="application/vnd.jupyter.error"]').allInnerTexts();
+      const words = await page.locator('[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]').allInnerTexts();
       throw new Error("a cell failed: " + words.join("\n").slice(-800));
     }
     const slider = page.locator(".jupyter-widgets .noUi-handle").last();
@@ -31,7 +35,8 @@ async function main() {
     const [before, valueBefore] = [await hash(), await value()];
     if (!dry) {
       await slider.focus();
-      await page.keyboard.press("ArrowLeft");
+      const lowest = await slider.getAttribute("aria-valuemin");
+      await page.keyboard.press(Number(valueBefore) > Number(lowest) ? "ArrowLeft" : "ArrowRight");
     }
     let after = before;
     for (let i = 0; i < (dry ? 6 : 80) && after === before; i++) {
