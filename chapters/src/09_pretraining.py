@@ -609,7 +609,8 @@ for index, prompt in enumerate(prompts):
         print(f"  {entry['tokens'] / 1e6:5.2f} M  {sample[index][len(prompt) :]!r}")
 
 # %% [markdown]
-# It completes text. It does not answer: nobody has shown it what a question is for. Five questions, kept for the report, where chapter 11's answers will stand beside these.
+# It completes text, nothing else. Much of its text consists of questions with answers, so a bare question may well be completed by its answer.
+# In the form of a chat, with turns and an end, it is lost: chapter 11 begins there. Five questions, kept for the report:
 
 # %% id="pretrain-answers"
 questions_file = data / "questions.jsonl"
