@@ -163,7 +163,7 @@ assert score("?" * 10)[0] == 0 and len(score("?" * 10)[1]) == len(READ)
 # ## 0.4 A first talk
 #
 # The course ships a small model, trained by these very notebooks on a laptop. It has read short texts about a village of
-# invented people and nothing else: it knows where Garus or Tilda live, and it has never heard of France. Load it, and its tokenizer:
+# invented people and nothing else: it knows where Hanis and Zandine live, and it has never heard of France. Load it, and its tokenizer:
 
 # %% id="start-load"
 from minimind.model import MiniMind
@@ -204,12 +204,13 @@ assert all(reply.strip() for reply in replies), "an empty reply: the checkpoint 
 
 # %% [markdown]
 # Ask your own. In a terminal, `python -m minimind.chat data/checkpoints/sft` opens a chat that goes on until you close it.
-# In JupyterLab, type into the box.
+# In JupyterLab, type into the box and press Enter.
 
 # %% id="start-chat-widget" tags=["widget"]
 import ipywidgets as widgets
 
-question = widgets.Text(value=f"Where does {fresh[0]['person']} live?", description="you", layout={"width": "80%"})
+first = f"Where does {fresh[0]['person']} live?"
+question = widgets.Text(value=first, description="you", continuous_update=False, layout={"width": "80%"})
 reply = widgets.HTML()
 
 
@@ -218,7 +219,7 @@ def answer_now(_=None) -> None:
     reply.value = f"<b>minimind</b>: {ask(model, tokenizer, question.value)}"
 
 
-question.on_submit(answer_now) if hasattr(question, "on_submit") else question.observe(answer_now, "value")
+question.observe(answer_now, "value")
 answer_now()
 widgets.VBox([question, reply])
 
