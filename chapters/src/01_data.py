@@ -2041,7 +2041,7 @@ about["stages"]["pretrain"]
 # **Words for the glossary:** document, shingle, Jaccard similarity, MinHash, banding, precision, recall, contamination,
 # held-out text, mixture, shard, memory map.
 #
-# **Exercises:** 1.1 to 1.8 above; the workbook `exercises/01_data.ipynb` checks them.
+# **Exercises:** 1.1 to 1.8 above.
 #
 # **Sources.** Broder 1997, *On the resemblance and containment of documents*. Lee et al. 2022, *Deduplicating training data
 # makes language models better* (arXiv:2107.06499). Brown et al. 2020, appendix C (arXiv:2005.14165). Allen-Zhu and Li 2023,

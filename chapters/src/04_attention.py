@@ -854,7 +854,7 @@ assert torch.allclose(layer(x, attention_mask=full)[:, shuffle], layer(x[:, shuf
 #
 # **Words:** query, key, value, score, share of attention, head, causal mask, grouped queries, fused kernel, induction head.
 #
-# **Exercises:** 4.1 to 4.8, in place above; the workbook is `exercises/04_attention.ipynb`.
+# **Exercises:** 4.1 to 4.8, in place above.
 #
 # **Sources:** Vaswani et al. 2017, *Attention Is All You Need* (arXiv:1706.03762); Shazeer 2019, *Fast Transformer Decoding* (arXiv:1911.02150);
 # Dao et al. 2022, *FlashAttention* (arXiv:2205.14135); Ainslie et al. 2023, *GQA* (arXiv:2305.13245); Elhage et al. 2021, *A Mathematical Framework for

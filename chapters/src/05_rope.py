@@ -603,6 +603,6 @@ assert abs(repaired - right["rotary"][0]) < 0.01
 #
 # **Words:** rotary position embedding, pair, base (theta), frequency, half-split and interleaved layout, extrapolation, NTK-aware scaling, YaRN.
 #
-# **Exercises:** 5.1 to 5.6, in place above; the workbook is `exercises/05_rope.ipynb`.
+# **Exercises:** 5.1 to 5.6, in place above.
 #
 # **Sources:** Su et al. 2021, *RoFormer* (arXiv:2104.09864); Chen et al. 2023, *Extending Context Window of Large Language Models via Positional Interpolation* (arXiv:2306.15595); Peng et al. 2023, *YaRN* (arXiv:2309.00071), which also tells the history of NTK-aware scaling. Read next: Press et al. 2022, *ALiBi* (arXiv:2108.12409), another way to length. Then chapter 6.
