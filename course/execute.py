@@ -79,6 +79,7 @@ class Engine(NBClientEngine):
             extra_arguments=["--HistoryManager.enabled=False"],
         )  # fmt: skip
         client.owns_km = True
+        client.widget_registry = {}  # nbclient's own Output widget sometimes loses a wake-up, and the cell then waits for ever
         try:
             return client.execute(env=watch.environment)
         finally:
