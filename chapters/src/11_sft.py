@@ -418,11 +418,12 @@ class PackedConversations:
         return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": block_mask(owner)}
 
 # %% [markdown]
-# Pack everything, and look at some rows of the first batch:
+# Pack everything, and look at some rows of the first batch that opens with several conversations in one row:
 
 # %% id="sft-rows-figure"
 chats = PackedConversations(examples, context, chapter.size.batch_size, device=chapter.device)
-width, rows = chats.plan[0]
+shared = next(step for step, (_, rows) in enumerate(chats.plan) if len(rows[0]) > 1)
+width, rows = chats.plan[shared]
 fig, ax = plt.subplots(figsize=(7, 2.2))
 for r, row in enumerate(rows[:12]):
     start = 0
@@ -443,7 +444,7 @@ print(f"padded {full:.0%} full, packed {check('sft/packing_efficiency', chats.ef
 # Is a packed conversation really alone? Compare each with a separate pass through the model.
 
 # %% id="sft-packed-equals-alone"
-batch = chats[0]
+batch = chats[shared]
 base.eval()
 with torch.no_grad():
     packed = base(batch["input_ids"], batch["attention_mask"], batch["position_ids"])[0]  # (T, V)
