@@ -12,6 +12,8 @@ import json
 import statistics
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -160,7 +162,7 @@ class Successive:
 
 def trainer(model, task: "Task", args, device) -> tuple[float, int]:
     """Hugging Face `Trainer` on the same model (its own implementation, our weights) and the same packed rows."""
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, logging
+    from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -181,7 +183,9 @@ def trainer(model, task: "Task", args, device) -> tuple[float, int]:
             folder, per_device_train_batch_size=args.batch, max_steps=WARMUP + args.steps, learning_rate=3e-4, bf16=args.bf16,
             use_cpu=device.type == "cpu", optim="adamw_torch_fused", report_to=[], save_strategy="no", logging_strategy="no",
             disable_tqdm=True, dataloader_pin_memory=False)
-        Trainer(theirs, settings, train_dataset=rows, callbacks=[Clock]).train()
+        loop = Trainer(theirs, settings, train_dataset=rows, callbacks=[Clock])
+        loop.remove_callback(PrinterCallback)
+        loop.train()
     return Clock.seconds, task.packed_tokens(args.steps)
 
 
@@ -243,11 +247,32 @@ class Task:
 # -- the table ------------------------------------------------------------------------------------
 
 
+def alone(function, *arguments):
+    """Call in a process of its own: what one loop changes in its process (such as how memory is kept) must not help the others."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measure(name: str, kind: str, config, folder: str, args: argparse.Namespace) -> tuple[float, int, float]:
+    """One loop, once: real tokens per second, length of a row, share of a padded row that is text."""
+    from minimind.data import set_seed
+    from minimind.model import MiniMind
+    from minimind.tokenizer import Tokenizer
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    texts, chats = load_text(args.data)
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = Tokenizer.from_pretrained(Path(folder) / "tokenizer")
+        task = Task(kind, chats if kind == "chat" else texts, tokenizer, args, device, Path(scratch))
+        set_seed(0)
+        seconds, tokens = LOOPS[name](MiniMind(config).to(device), task, args, device)
+    return tokens / seconds, task.length, task.fill()
+
+
 def bench(args: argparse.Namespace) -> dict:
     """Run every loop `args.rounds` times in turn; tokens per second, ratios and, on a known GPU, the share of its peak."""
     from course.machine import describe
-    from minimind.data import set_seed
-    from minimind.model import MiniMind, ModelConfig, flops_per_token
+    from minimind.model import ModelConfig, flops_per_token
     from minimind.tokenizer import Tokenizer
     from minimind.train import pick_precision
 
@@ -261,20 +286,19 @@ def bench(args: argparse.Namespace) -> dict:
         config = ModelConfig.preset(preset, vocab_size=max(vocabulary, tokenizer.vocab_size))
         for kind in args.text.split(","):
             with tempfile.TemporaryDirectory() as folder:
-                task = Task(kind, chats if kind == "chat" else texts, tokenizer, args, device, Path(folder))
+                tokenizer.save_pretrained(Path(folder) / "tokenizer")
                 speeds = {name: [] for name in args.loops.split(",")}
                 for _ in range(args.rounds):
                     for name in speeds:
-                        set_seed(0)
-                        seconds, tokens = LOOPS[name](MiniMind(config).to(device), task, args, device)
-                        speeds[name].append(tokens / seconds)
-            row = {"model": preset, "text": kind, "row": task.length, "fill": round(task.fill(), 3),
+                        speed, length, fill = alone(measure, name, kind, config, folder, args)
+                        speeds[name].append(speed)
+            row = {"model": preset, "text": kind, "row": length, "fill": round(fill, 3),
                    "tokens_per_second": {name: statistics.median(v) for name, v in speeds.items()}, "all": speeds}
             own = row["tokens_per_second"].get("ours")
             row["ratio"] = {name: own / v for name, v in row["tokens_per_second"].items()} if own else {}
             peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
             if peak and "ours" in speeds:
-                row["mfu"] = row["tokens_per_second"]["ours"] * flops_per_token(config, task.length) / peak
+                row["mfu"] = row["tokens_per_second"]["ours"] * flops_per_token(config, length) / peak
             result["rows"].append(row)
             print(line(row), flush=True)
     return result
