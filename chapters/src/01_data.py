@@ -197,9 +197,10 @@ def interview(world: "World", rng: random.Random) -> str:
 
 # %% [markdown]
 # The next two look like play, and they decide whether the model will ever answer a question. To answer "Where does Garus
-# live?" it must carry the name *Garus* from the question into the answer. While this world was designed (100 people), a
-# model trained without `talk` documents answered 19% of the questions about people it had never been asked about, mostly
-# with a true statement about somebody else; with them it answered 99%. So here everybody is asked about things that are no facts of the world: where they are just now, what
+# live?" it must carry the name *Garus* from the question into the answer. An earlier version of this world (100 people) had no `talk`
+# documents and other sentence forms; the model answered 19% of the questions about people it had never been asked about, mostly with
+# a true statement about somebody else. This version reached 99%. Several things changed at once, so the share of each was not measured.
+# Here everybody is asked about things that are no facts of the world: where they are just now, what
 # they found.
 
 # %% id="world-things"
