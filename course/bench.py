@@ -50,7 +50,7 @@ def load_text(data: str | None, rows: int = 20_000) -> tuple[list[str], list[lis
 
     if data:
         texts = _first(rows, (t for f in sorted(Path(data, "pretrain").glob("*")) for t in read_texts(f)))
-        chats = _first(rows, (c for f in sorted(Path(data, "sft").glob("*")) for c in read_conversations(f)))
+        chats = _first(rows, (c["conversations"] for f in sorted(Path(data, "sft").glob("*")) for c in read_conversations(f)))
         return texts, chats
     from minimind.world import World
 
@@ -314,7 +314,9 @@ def line(row: dict) -> str:
 
 def main(args: argparse.Namespace) -> int:
     """Print the table, write the JSON."""
-    for name, known, given in (("--loops", LOOPS, args.loops), ("--text", {"pretrain", "chat"}, args.text)):
+    from minimind.model import PRESETS
+
+    for name, known, given in (("--models", PRESETS, args.models), ("--loops", LOOPS, args.loops), ("--text", ("pretrain", "chat"), args.text)):
         unknown = set(given.split(",")) - set(known)
         if unknown:
             print(f"{name}: unknown {', '.join(sorted(unknown))}; choose from {', '.join(sorted(known))}")

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .attention import Attention, causal_mask
+from .attention import LONGEST, Attention, causal_mask
 from .moe import MoE, SwiGLU, load_balancing_loss
 from .rope import apply_rope, rope_cos_sin, rope_frequencies
 
@@ -280,11 +280,17 @@ def flops_per_token(config: ModelConfig, T: int, training: bool = True) -> int:
     return 3 * forward if training else forward
 
 # %% ../chapters/07_transformer.ipynb #model-activations
-def activation_bytes(config: ModelConfig, number: int, norm: int) -> int:
-    """Bytes that autograd keeps for one token; `number` a value, `norm` a value that goes through a norm."""
-    C, V = config.hidden_size, config.vocab_size
-    q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = (norm + number) * C + number * (3 * q + 2 * k)  # norm, its output; q, output twice; k, v
+def activation_bytes(config: ModelConfig, number: int, norm: int, table: int = 0) -> int:
+    """Bytes that autograd keeps for one token.
+
+    `number` a value, `norm` a value that goes through a norm; `table`: positions in the table of
+    shares that each head keeps, 0 with the fused kernel.
+    """
+    C, V, H = config.hidden_size, config.vocab_size, config.num_attention_heads
+    q, k = H * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = (norm + number) * C + number * (3 * q + 2 * k)  # norm, output; q, output twice; k, v
+    if table:
+        attention += number * (H * table - q)  # the shares; without the kernel's copy of its output
     if config.qk_norm:
         attention += norm * (q + k)
     feed_forward = (norm + number) * C + 4 * number * config.intermediate_size
@@ -302,18 +308,21 @@ def training_memory(
 
     precision is fp32, or bf16 / fp16 for autocast, where the weights stay in float32 and each
     matrix is also kept as a 16-bit copy. The total assumes that gradients of an earlier batch are
-    there (accumulation). On the CPU a norm keeps two float32 values for each number, on CUDA one.
+    there (accumulation). On the CPU a norm keeps two float32 values for each number, on CUDA one,
+    and short rows in bf16 keep the table of shares (chapter 4.8).
     """
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision is {precision!r}; expected fp32, bf16 or fp16")
     number = 4 if precision == "fp32" else 2
     parameters = 4 * count_parameters(config)
     copies = 0 if precision == "fp32" else 2 * matmul_parameters(config, config.num_experts)
+    norm = 8 if device == "cpu" else number
+    table = T if device == "cpu" and precision == "bf16" and T <= LONGEST else 0  # chapter 4.8
     memory = {
         "parameters": parameters,
         "gradients": parameters,
         "optimizer": 2 * parameters,  # Adam's two running averages
-        "activations": copies + batch * T * activation_bytes(config, number, 8 if device == "cpu" else number),
+        "activations": copies + batch * T * activation_bytes(config, number, norm, table),
         "loss": batch * T * 8 * config.vocab_size,  # gradient of logits, in and out of softmax
     }
     return memory | {"total": sum(memory.values())}

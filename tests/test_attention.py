@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minimind.attention import Attention, attention, attention_weights, causal_mask, repeat_kv
+from minimind import attention as module
+from minimind.attention import (
+    LONGEST,
+    Attention,
+    attention,
+    attention_weights,
+    causal_mask,
+    grouped_attention,
+    matrices_are_faster,
+    repeat_kv,
+)
 
 
 def heads(B=2, H=4, K=2, T=7, S=None, D=8, seed=0):
@@ -197,3 +207,67 @@ def test_equals_hugging_face_qwen3(bias):
     expected, _ = theirs(x, position_embeddings=(cos, sin), attention_mask=mask)
     got = ours(x, rotate=lambda q, k: (apply_rope(q, cos, sin), apply_rope(k, cos, sin)))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+# -- two matrix products instead of the fused kernel
+
+
+def value_and_gradients(function, *inputs):
+    """What `function` returns, and the gradients of a loss that weighs every number differently."""
+    inputs = [t.detach().requires_grad_() for t in inputs]
+    y = function(*inputs)
+    return y.detach(), *torch.autograd.grad((y.float() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), inputs)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("mask", ["causal", "own"])
+def test_grouped_attention_is_attention(groups, mask):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, groups, 9, 8), torch.randn(2, groups, 9, 8)
+    allowed = causal_mask(9) if mask == "causal" else (torch.rand(2, 1, 9, 9) > 0.5) | torch.eye(9, dtype=torch.bool)
+    ours = value_and_gradients(lambda *qkv: grouped_attention(*qkv, allowed), q, k, v)
+    theirs = value_and_gradients(lambda *qkv: attention(*qkv, allowed), q, k, v)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_a_row_that_may_look_nowhere_spoils_no_gradient():
+    q, k, v = (torch.randn(1, 2, 3, 4) for _ in range(3))
+    allowed = causal_mask(3)
+    allowed[0, 0] = False
+    for tensor in value_and_gradients(lambda *qkv: grouped_attention(*qkv, allowed), q, k, v):
+        assert tensor.isfinite().all()
+
+
+def test_when_the_matrices_are_taken():
+    short, long = torch.randn(1, 2, 8, 4), torch.randn(1, 2, LONGEST + 1, 4)
+    low = short.bfloat16()
+    assert matrices_are_faster(low, low)
+    assert not matrices_are_faster(short, short), "float32: the kernel is as fast"
+    assert not matrices_are_faster(long.bfloat16(), long.bfloat16()), "long rows: the table is too large"
+    assert not matrices_are_faster(low[:, :, :1], low), "one new token with a cache"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert matrices_are_faster(short, short)
+    with torch.no_grad():
+        assert not matrices_are_faster(low, low), "no backward pass: the kernel is faster"
+
+
+@pytest.mark.parametrize("mask", ["causal", "own"])
+def test_the_layer_gives_the_same_by_both_ways(mask, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Attention(64, 4, 2, 16), torch.randn(2, 20, 64)
+    allowed = None if mask == "causal" else causal_mask(20).expand(2, 1, 20, 20) & (torch.rand(2, 1, 20, 20) > 0.3) | torch.eye(20, dtype=torch.bool)
+
+    def gradients():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x, attention_mask=allowed)
+        return y.detach().float(), *torch.autograd.grad(y.float().square().sum(), list(layer.parameters()))
+
+    taken = []
+    monkeypatch.setattr(module, "grouped_attention", lambda *a: taken.append(1) or grouped_attention(*a))
+    ours = gradients()
+    monkeypatch.setattr(module, "matrices_are_faster", lambda q, k: False)
+    kernel = gradients()
+    assert len(taken) == 1
+    for a, b in zip(ours, kernel, strict=True):
+        assert (a - b).norm() < 0.02 * b.norm(), "more than 16-bit rounding apart"

@@ -344,7 +344,31 @@ one_by_one = [attention(q4[:, h : h + 1], k2[:, h // 2 : h // 2 + 1], v2[:, h //
 assert torch.allclose(attention(q4, k2, v2), torch.cat(one_by_one, dim=1), atol=1e-6)
 
 # %% [markdown]
-# What it saves, for a model with 32 layers and 32 heads of width 128, in bfloat16 (2 bytes per number; a key and a value each):
+# Repeating copies numbers for nothing. The queries that share a head can stand in one tall matrix instead: $H/K \cdot T$ rows, one
+# product with the keys, one with the values.
+
+# %% id="attention-grouped"
+#| export
+def grouped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """`attention` without repeated keys: the queries of one key/value head in one matrix.
+
+    q is (B, H, T, D), k and v are (B, K, S, D), `attention_mask` as in `attention`.
+    A row that may look nowhere gets the mean of all values instead of NaN.
+    """
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    rows = (q / math.sqrt(D)).reshape(B, K, -1, D)  # (B, K, H/K * T, D)
+    scores = (rows @ k.transpose(-2, -1)).view(B, H, T, S)
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    return (scores.softmax(dim=-1).view(B, K, -1, S) @ v).view(B, H, T, D)
+
+# %% id="attention-grouped-check"
+mask = causal_mask(9)
+assert torch.allclose(grouped_attention(q4, k2, v2, mask), attention(q4, k2, v2, mask), atol=1e-6)
+
+# %% [markdown]
+# What grouping saves in memory, for a model with 32 layers and 32 heads of width 128, in bfloat16 (2 bytes per number; a key and a value each):
 
 # %% id="attention-cache-figure"
 groups = [32, 8, 4, 1]
@@ -396,7 +420,21 @@ class Projections(nn.Module):
         return q, k, v
 
 # %% [markdown]
-# The layer itself projects, attends and mixes. It calls torch's fused kernel, which 4.8 compares with our own function.
+# The layer itself projects, attends and mixes. It calls torch's fused kernel, which 4.8 compares with our own function,
+# except where 4.8 finds ours faster: training on a processor in 16-bit numbers, with short rows.
+
+# %% id="attention-matrices-faster"
+#| export
+LONGEST = 512  # positions up to which two matrix products beat the fused kernel (4.8)
+
+
+def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether to train with `grouped_attention`: on a processor, in 16 bits, short rows."""
+    low = torch.is_autocast_enabled("cpu") or q.dtype == torch.bfloat16
+    short = 1 < q.shape[2] == k.shape[2] <= LONGEST
+    return low and short and q.device.type == "cpu" and torch.is_grad_enabled()
+
+# %% [markdown]
 # A third door, `kv_cache`, hands back the keys and values of all positions so far (chapter 10).
 
 # %% id="attention-class"
@@ -413,13 +451,15 @@ class Attention(Projections):
         q, k, v = self.project(x, rotate)
         if kv_cache is not None:
             k, v = kv_cache.update(k, v, self.layer_idx)  # (B, K, S, D)
-        T, S = q.shape[2], k.shape[2]
-        if attention_mask is None and 1 < T < S:  # torch's is_causal would count from the first key, not from the last
-            attention_mask = causal_mask(T, S, device=x.device)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, is_causal=attention_mask is None and T > 1, enable_gqa=True
-        )
-        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, H * D) -> (B, T, C)
+        T, S, by_matrices = q.shape[2], k.shape[2], matrices_are_faster(q, k)
+        if attention_mask is None and (1 < T < S or by_matrices):
+            attention_mask = causal_mask(T, S, device=x.device)  # is_causal counts from the first key
+        if by_matrices:
+            y = grouped_attention(q, k, v, attention_mask)
+        else:
+            causal = attention_mask is None and T > 1
+            y = F.scaled_dot_product_attention(q, k, v, attention_mask, is_causal=causal, enable_gqa=True)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
     def weights(self, x: torch.Tensor, rotate: Callable | None = None) -> torch.Tensor:
         """The causal shares of attention (B, H, T, T) that `forward` uses for x, for looking at."""
@@ -579,6 +619,53 @@ for name in kinds if sys.platform == "linux" else ():
 
 # %% [markdown]
 # One table of $4 \cdot T^2$ numbers takes $16\,T^2$ bytes; ours holds several such tables at once during the backward pass.
+#
+# ### Where matrices win
+#
+# The kernel was made for GPUs and for long texts. **Predict:** on a processor, in 16-bit numbers and rows of 256 positions, is it still
+# the faster one? The contender is `grouped_attention` of 4.6: two large matrix products and a softmax.
+
+# %% id="attention-short-rows"
+from minimind.attention import grouped_attention as matrices
+
+def fused_gqa(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+def times_faster(T, dtype, heads=8, groups=2):
+    """Time of the fused kernel over the time of `grouped_attention`, forward and backward."""
+    q, k, v = (torch.randn(4, n, T, 64, dtype=dtype, requires_grad=True) for n in (heads, groups, groups))
+    by_matrices = lambda q, k, v: matrices(q, k, v, causal_mask(T))
+    return seconds(fused_gqa, q, k, v, repeats=5) / seconds(by_matrices, q, k, v, repeats=5)
+
+# %% [markdown]
+# Only a processor that multiplies 16-bit numbers in hardware shows it; others get a sentence.
+
+# %% id="attention-short-rows-measure"
+short, number_types = [64, 128, 256, 512, 1024], {"bfloat16": torch.bfloat16, "float32": torch.float32}
+measurable = chapter.amp is torch.bfloat16 and chapter.device.type == "cpu"
+faster_by = {name: [times_faster(T, kind) for T in short] for name, kind in number_types.items() if measurable}
+for name, ratios in faster_by.items():
+    print(f"{name:9}", "  ".join(f"T = {T}: {x:.2f}" for T, x in zip(short, ratios)))
+if measurable:
+    chapter.record("attention/matrices_speedup_256", faster_by["bfloat16"][2])
+else:
+    print("left out: this comparison is for processors with 16-bit arithmetic")
+
+# %% id="attention-short-rows-figure"
+fig, ax = plt.subplots(figsize=(7, 2.4))
+for (name, ratio), style in zip(faster_by.items(), ("o-", "s--")):
+    ax.plot(short, ratio, style, label=name)
+ax.axhline(1, color="black", lw=1)
+ax.set(xscale="log", xlabel="positions T", ylabel="kernel's time / matrices'")
+ax.set_xticks(short, short)
+ax.minorticks_off()
+if faster_by:
+    ax.legend()
+show(fig, "Above the line two matrix products are faster than the fused kernel: on a processor that is so in 16-bit numbers and short rows, and not in float32 or at 1,024 positions.")
+
+# %% [markdown]
+# The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `LONGEST`
+# positions, and pays with memory: it keeps one table of shares per head (chapter 7 counts it).
 #
 # **Exercise 4.5 (20 min, ★★★).** Write `attention_blocks(q, k, v, block)` that loops over blocks of keys and keeps a running maximum and
 # a running sum, so that no $T \times S$ table exists. Check it against `attention`.

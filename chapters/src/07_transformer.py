@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minimind.attention import Attention, causal_mask
+from minimind.attention import LONGEST, Attention, causal_mask
 from minimind.moe import MoE, SwiGLU, load_balancing_loss
 from minimind.rope import apply_rope, rope_cos_sin, rope_frequencies
 
@@ -675,15 +675,21 @@ show(fig, "Share of all operations that attention scores take: half of all work 
 # A training step holds five things. Parameters, their gradients and Adam's two averages are 4 + 4 + 8 = 16 bytes for each parameter in float32. The fourth is **activations**: what the forward pass keeps because backward will need it. The fifth is short but large: the loss works on B × T × V
 # float32 numbers, and at its peak their gradient exists twice.
 #
-# What is kept can be read off the formulas. A product keeps its input. $a \odot b$ keeps both. The fused attention keeps q, k, v, its output and one number for each row, and never the T × T scores.
+# What is kept can be read off the formulas. A product keeps its input. $a \odot b$ keeps both. The fused attention keeps q, k, v, its output and one number for each row, and never the T × T scores. Where chapter 4.8 found two matrix products faster (a processor, 16 bits, short rows), each head keeps its T × T shares.
 
 # %% id="model-activations"
 #| export
-def activation_bytes(config: ModelConfig, number: int, norm: int) -> int:
-    """Bytes that autograd keeps for one token; `number` a value, `norm` a value that goes through a norm."""
-    C, V = config.hidden_size, config.vocab_size
-    q, k = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = (norm + number) * C + number * (3 * q + 2 * k)  # norm, its output; q, output twice; k, v
+def activation_bytes(config: ModelConfig, number: int, norm: int, table: int = 0) -> int:
+    """Bytes that autograd keeps for one token.
+
+    `number` a value, `norm` a value that goes through a norm; `table`: positions in the table of
+    shares that each head keeps, 0 with the fused kernel.
+    """
+    C, V, H = config.hidden_size, config.vocab_size, config.num_attention_heads
+    q, k = H * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = (norm + number) * C + number * (3 * q + 2 * k)  # norm, output; q, output twice; k, v
+    if table:
+        attention += number * (H * table - q)  # the shares; without the kernel's copy of its output
     if config.qk_norm:
         attention += norm * (q + k)
     feed_forward = (norm + number) * C + 4 * number * config.intermediate_size
@@ -702,18 +708,21 @@ def training_memory(
 
     precision is fp32, or bf16 / fp16 for autocast, where the weights stay in float32 and each
     matrix is also kept as a 16-bit copy. The total assumes that gradients of an earlier batch are
-    there (accumulation). On the CPU a norm keeps two float32 values for each number, on CUDA one.
+    there (accumulation). On the CPU a norm keeps two float32 values for each number, on CUDA one,
+    and short rows in bf16 keep the table of shares (chapter 4.8).
     """
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision is {precision!r}; expected fp32, bf16 or fp16")
     number = 4 if precision == "fp32" else 2
     parameters = 4 * count_parameters(config)
     copies = 0 if precision == "fp32" else 2 * matmul_parameters(config, config.num_experts)
+    norm = 8 if device == "cpu" else number
+    table = T if device == "cpu" and precision == "bf16" and T <= LONGEST else 0  # chapter 4.8
     memory = {
         "parameters": parameters,
         "gradients": parameters,
         "optimizer": 2 * parameters,  # Adam's two running averages
-        "activations": copies + batch * T * activation_bytes(config, number, 8 if device == "cpu" else number),
+        "activations": copies + batch * T * activation_bytes(config, number, norm, table),
         "loss": batch * T * 8 * config.vocab_size,  # gradient of logits, in and out of softmax
     }
     return memory | {"total": sum(memory.values())}
