@@ -19,7 +19,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from course import artifacts
-from course.outputs import check_size, take_outputs, without_outputs
+from course.outputs import check_paths, check_size, take_outputs, without_outputs
 from course.source import ROOT, BuildError, Chapter, check_book, read_chapter
 
 # Where readers without a clone (Colab) fetch the course from. The environment variable MINIMIND_COURSE overrides it.
@@ -254,12 +254,12 @@ def build(root: Path = ROOT, wanted: list[str] | None = None, draft: bool = Fals
                 problems.append(f"{chapter.where(chapter.cells[0])}: {run / path.name} is missing or not a notebook")
                 continue
             try:
-                notebook = take_outputs(chapter, notebook, executed, profile)
+                notebook = take_outputs(chapter, notebook, executed, profile, run.resolve().parent.parent)  # runs/NAME lies in a course
             except BuildError as error:
                 problems += error.problems
         made.notebooks[path] = chapter, notebook
         made.files[path] = dump_notebook(notebook)
-        problems += check_size(chapter, notebook, len(made.files[path]), SIZE_LIMIT)
+        problems += check_size(chapter, notebook, len(made.files[path]), SIZE_LIMIT) + check_paths(chapter, notebook)
         made.modules |= {name: (chapter, text) for name, text in export_modules(chapter, notebook).items()}
     if problems:
         raise BuildError(problems)

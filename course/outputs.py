@@ -12,11 +12,15 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{6,16}\b")
 SCRATCH = re.compile(r"(?:/private)?(?:/tmp|/var/folders)/[\w./+-]*")
+ABSOLUTE = re.compile(r"(?<![\w.~<:/)\]-])/(?!tmp/\.\.\.|proc/|dev/|content/)[A-Za-z][\w.+-]*(?:/[\w.+-]+)+")
 TIMESTAMP = re.compile(r"\b\d{4}-\d{2}-\d{2}[ T]\d{2}:\d{2}(?::\d{2})?(?:[.,]\d+)?(?:Z|[+-]\d{2}:?\d{2})?")
 
 
-def take_outputs(chapter: Chapter, notebook: dict, executed: dict, profile: str = "cpu") -> dict:
-    """`notebook` with the outputs of `executed`, normalised. Raises BuildError where the execution is of another source."""
+def take_outputs(chapter: Chapter, notebook: dict, executed: dict, profile: str = "cpu", home: Path = ROOT) -> dict:
+    """`notebook` with the outputs of `executed`, normalised; `home` is the course that ran it.
+
+    Raises BuildError where the execution is of another source.
+    """
     shown = f"the run of {chapter.name}"
     told = executed.get("metadata", {}).get("papermill", {})
     if told.get("exception"):
@@ -36,14 +40,14 @@ def take_outputs(chapter: Chapter, notebook: dict, executed: dict, profile: str 
                 problems.append(f'{chapter.where(cell)}: cell id="{cell.id}" ended with an error in {shown}')
             else:
                 count += 1
-                new = dict(new, outputs=normalise(ran["outputs"], count), execution_count=count)
+                new = dict(new, outputs=normalise(ran["outputs"], count, home), execution_count=count)
         cells.append(new)
     if problems:
         raise BuildError(problems)
     return dict(notebook, cells=cells)
 
 
-def normalise(outputs: list[dict], count: int | None) -> list[dict]:
+def normalise(outputs: list[dict], count: int | None, home: Path = ROOT) -> list[dict]:
     """The outputs of one cell: streams joined, widgets and terminal codes dropped, paths, times and addresses neutral."""
     kept: list[dict] = []
     for output in outputs:
@@ -55,7 +59,7 @@ def normalise(outputs: list[dict], count: int | None) -> list[dict]:
             else:
                 kept.append({"output_type": "stream", "name": output["name"], "text": text})
         elif kind in ("display_data", "execute_result"):
-            data = {mime: clean_value(mime, value) for mime, value in output["data"].items() if mime != WIDGET}
+            data = {mime: clean_value(mime, value, home) for mime, value in output["data"].items() if mime != WIDGET}
             if not data or (WIDGET in output["data"] and set(data) == {"text/plain"}):
                 continue  # a widget needs a kernel; the static figure beside it stays
             new = {"output_type": kind, "data": data, "metadata": output.get("metadata", {})}
@@ -63,27 +67,27 @@ def normalise(outputs: list[dict], count: int | None) -> list[dict]:
                 new["execution_count"] = count
             kept.append(new)
         elif kind == "error":
-            trace = [clean_text(line) for line in output["traceback"]]
-            kept.append({"output_type": "error", "ename": output["ename"], "evalue": clean_text(output["evalue"]), "traceback": trace})
+            trace = [clean_text(line, home) for line in output["traceback"]]
+            kept.append({"output_type": "error", "ename": output["ename"], "evalue": clean_text(output["evalue"], home), "traceback": trace})
     for output in kept:
         if output["output_type"] == "stream":
-            output["text"] = as_lines(clean_text(last_of_progress(output["text"])))
+            output["text"] = as_lines(clean_text(last_of_progress(output["text"]), home))
     return [o for o in kept if o["output_type"] != "stream" or o["text"]]
 
 
-def clean_value(mime: str, value):
+def clean_value(mime: str, value, home: Path = ROOT):
     """Text parts of an output are cleaned; pictures and JSON stay."""
     if mime.startswith("text/"):
-        return as_lines(clean_text("".join(value)))
+        return as_lines(clean_text("".join(value), home))
     if mime.startswith("image/") and mime != "image/svg+xml":
         return "".join(value).strip()
     return value
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, home: Path = ROOT) -> str:
     """Without terminal colours, addresses, times of day, and paths of the machine that ran it."""
     text = ANSI.sub("", text)
-    for path, name in ((str(ROOT), "."), (str(Path.home()), "~")):
+    for path, name in ((str(home), "."), (str(ROOT), "."), (str(Path.home()), "~")):
         if len(path) > 1:
             text = re.sub(re.escape(path) + r"(?![\w-])", name, text)
     text = SCRATCH.sub("/tmp/...", text)
@@ -103,6 +107,18 @@ def without_outputs(notebook: dict) -> dict:
     """The notebook that the source alone determines."""
     cells = [dict(c, outputs=[], execution_count=None) if c["cell_type"] == "code" else c for c in notebook["cells"]]
     return dict(notebook, cells=cells)
+
+
+def check_paths(chapter: Chapter, notebook: dict) -> list[str]:
+    """Outputs that name a folder of the machine that ran them."""
+    problems = []
+    for cell, source in zip(notebook["cells"], chapter.cells, strict=True):
+        for output in cell.get("outputs", []):
+            parts = [output.get("text", ""), *(v for mime, v in output.get("data", {}).items() if mime.startswith("text/"))]
+            for found in ABSOLUTE.findall("\n".join("".join(part) for part in parts))[:1]:
+                told = f"the output of chapters/{chapter.name}.ipynb names {found}, a path of one machine; print it relative to the course"
+                problems.append(f'{chapter.where(source)}: cell id="{source.id}": {told}')
+    return problems
 
 
 def check_size(chapter: Chapter, notebook: dict, size: int, limit: int) -> list[str]:

@@ -355,7 +355,7 @@ def stream(text: str) -> dict:
 def test_outputs_of_a_run_are_taken_without_noise(book):
     build.save(build.build(book))
     noise = [
-        stream("10%\r50%\r100%\n"), stream(f"{book}/x saved in {source.ROOT}/runs at 2026-01-02 03:04:05, <A at 0x7f0012345678>\n"),
+        stream("10%\r50%\r100%\n"), stream(f"/tmp/elsewhere/x saved in {source.ROOT}/runs at 2026-01-02 03:04:05, <A at 0x7f0012345678>\n"),
         {"output_type": "display_data", "data": {outputs.WIDGET: {}, "text/plain": "interactive(children=...)"}, "metadata": {}},
         {"output_type": "display_data", "data": {"image/png": "aGVsbG8=\n", "text/plain": "<Figure>"}, "metadata": {}},
         {"output_type": "execute_result", "data": {"text/plain": "\x1b[31m4\x1b[0m"}, "metadata": {}, "execution_count": 99},
@@ -417,6 +417,29 @@ def test_a_notebook_over_the_limit_is_refused(book, monkeypatch):
         build.build(book, ["1"], run=folder)
     monkeypatch.setattr(build, "check_size", lambda *_: [])
     assert build.build(book, ["1"], run=folder).files
+
+
+def test_outputs_name_no_folder_of_the_machine(book, tmp_path, monkeypatch):
+    build.save(build.build(book))
+    home = Path("/srv/ann/course")  # another clone, where the run was made
+    folder = run_of(book, outputs_of={"alpha-try": [stream(f"kept in {home}/runs/a/pretrain at 3 tokens/s, see /proc/self/status\n")]})
+    take = build.take_outputs
+    monkeypatch.setattr(build, "take_outputs", lambda *given: take(*given[:-1], home))
+    made = build.build(book, ["1"], run=folder)
+    text = "".join(made.files[book / "chapters" / "01_alpha.ipynb"].decode())
+    assert "kept in ./runs/a/pretrain at 3 tokens/s" in text and "/srv/" not in text
+    monkeypatch.setattr(build, "take_outputs", lambda *given: take(*given[:-1]))  # without it, the path would stay ...
+    with pytest.raises(BuildError, match=r'01_alpha.py:33: cell id="alpha-try": .* names /srv/ann/course/runs/a/pretrain, a path of one machine'):
+        build.build(book, ["1"], run=folder)  # ... and is refused
+
+
+def test_the_home_of_a_run_is_the_course_around_it(book, monkeypatch):
+    build.save(build.build(book))
+    homes = []
+    monkeypatch.setattr(build, "take_outputs", lambda chapter, notebook, executed, profile, home: homes.append(home) or notebook)
+    folder = run_of(book)
+    build.build(book, ["1"], run=folder)
+    assert homes == [folder.resolve().parent.parent]
 
 
 def test_execute_runs_the_chapters_and_keeps_their_outputs(book, monkeypatch):
