@@ -15,33 +15,42 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% ../chapters/04_attention.ipynb #attention-causal-mask
-def causal_mask(T: int, S: int | None = None, device: torch.device | str | None = None) -> torch.Tensor:
-    """Which of S keys each of the last T positions may look at, as bool (T, S); True means "may look".
+def causal_mask(T: int, S: int | None = None,
+                device: torch.device | str | None = None) -> torch.Tensor:
+    """Which of S keys each of the last T positions may look at, as bool (T, S); True
+    means "may look".
 
-    The queries are the last T of S positions, so query i stands at position S - T + i. Without a cache S is T.
+    The queries are the last T of S positions, so query i stands at position S - T + i.
+    Without a cache S is T.
     """
     S = T if S is None else S
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 # %% ../chapters/04_attention.ipynb #attention-repeat-kv
 def repeat_kv(x: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Give every key/value head to `repeats` query heads in a row: (B, K, S, D) -> (B, K * repeats, S, D)."""
+    """Give every key/value head to `repeats` query heads in a row: (B, K, S, D) -> (B,
+    K * repeats, S, D).
+    """
     return x.repeat_interleave(repeats, dim=1)
 
 # %% ../chapters/04_attention.ipynb #attention-weights
 def attention_weights(
-    q: torch.Tensor, k: torch.Tensor, attention_mask: torch.Tensor | None = None, is_causal: bool = False
+    q: torch.Tensor, k: torch.Tensor, attention_mask: torch.Tensor | None = None,
+    is_causal: bool = False
 ) -> torch.Tensor:
-    """Shares of attention, (B, H, T, S); each row sums to 1. q is (B, H, T, D), k is (B, K, S, D).
+    """Shares of attention, (B, H, T, S); each row sums to 1. q is (B, H, T, D), k is
+    (B, K, S, D).
 
-    `attention_mask` is bool, True means "may look", and broadcasts to (B, H, T, S); `is_causal` adds the causal mask.
+    `attention_mask` is bool, True means "may look", and broadcasts to (B, H, T, S);
+    `is_causal` adds the causal mask.
     """
     k = repeat_kv(k, q.shape[1] // k.shape[1])  # (B, H, S, D)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -math.inf)
     if is_causal:
-        scores = scores.masked_fill(~causal_mask(*scores.shape[-2:], device=q.device), -math.inf)
+        scores = scores.masked_fill(~causal_mask(*scores.shape[-2:], device=q.device),
+                                    -math.inf)
     return scores.softmax(dim=-1)
 
 # %% ../chapters/04_attention.ipynb #attention-function
@@ -52,9 +61,11 @@ def attention(
     attention_mask: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), the readable way: memory grows with T * S.
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), the
+    readable way: memory grows with T * S.
 
-    q is (B, H, T, D), k and v are (B, K, S, D); K divides H (Ainslie et al. 2023, arXiv:2305.13245). Returns (B, H, T, D).
+    q is (B, H, T, D), k and v are (B, K, S, D); K divides H (Ainslie et al. 2023,
+    arXiv:2305.13245). Returns (B, H, T, D).
     """
     weights = attention_weights(q, k, attention_mask, is_causal)
     return weights @ repeat_kv(v, q.shape[1] // v.shape[1])
@@ -63,7 +74,8 @@ def attention(
 def grouped_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
-    """`attention` without repeated keys: the queries of one key/value head in one matrix.
+    """`attention` without repeated keys: the queries of one key/value head in one
+    matrix.
 
     q is (B, H, T, D), k and v are (B, K, S, D), `attention_mask` as in `attention`.
     A row that may look nowhere gets the mean of all values instead of NaN.
@@ -76,17 +88,23 @@ def grouped_attention(
 
 # %% ../chapters/04_attention.ipynb #attention-projections
 class Projections(nn.Module):
-    """The four matrices of an attention layer; their names are Hugging Face's (Llama, Qwen3).
+    """The four matrices of an attention layer; their names are Hugging Face's (Llama,
+    Qwen3).
 
-    `norm` makes a normalisation of width D for queries and keys, applied to each head before rotation (Qwen3).
+    `norm` makes a normalisation of width D for queries and keys, applied to each head
+    before rotation (Qwen3).
     """
 
-    def __init__(self, hidden_size: int, num_attention_heads: int, num_key_value_heads: int, head_dim: int,
-                 norm: Callable[[int], nn.Module] | None = None, bias: bool = False, layer_idx: int = 0):  # fmt: skip
+    def __init__(self, hidden_size: int, num_attention_heads: int,
+                 num_key_value_heads: int, head_dim: int,
+                 norm: Callable[[int], nn.Module] | None = None, bias: bool = False,
+                 layer_idx: int = 0):
         super().__init__()
         if num_attention_heads % num_key_value_heads:
-            raise ValueError(f"num_attention_heads ({num_attention_heads}) must be a multiple of num_key_value_heads "
-                             f"({num_key_value_heads}): each key/value head serves as many query heads as the others")  # fmt: skip
+            raise ValueError(f"num_attention_heads ({num_attention_heads}) must be a "
+                             "multiple of num_key_value_heads "
+                             f"({num_key_value_heads}): each key/value head serves as "
+                             "many query heads as the others")
         self.head_dim, self.layer_idx = head_dim, layer_idx
         self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
@@ -95,10 +113,15 @@ class Projections(nn.Module):
         self.q_norm = norm(head_dim) if norm else nn.Identity()
         self.k_norm = norm(head_dim) if norm else nn.Identity()
 
-    def project(self, x: torch.Tensor, rotate: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C); `rotate` puts positions into (q, k)."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+    def project(self, x: torch.Tensor, rotate: Callable
+                | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C); `rotate`
+        puts positions into (q, k).
+        """
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim))
+                   for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
+        v = v.transpose(1, 2)  # (B, heads, T, D)
         if rotate is not None:
             q, k = rotate(q, k)
         return q, k, v
@@ -108,7 +131,9 @@ LONGEST = 512  # positions up to which two matrix products beat the fused kernel
 
 
 def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether to train with `grouped_attention`: on a processor, in 16 bits, short rows."""
+    """Whether to train with `grouped_attention`: on a processor, in 16 bits, short
+    rows.
+    """
     low = torch.is_autocast_enabled("cpu") or q.dtype == torch.bfloat16
     short = 1 < q.shape[2] == k.shape[2] <= LONGEST
     return low and short and q.device.type == "cpu" and torch.is_grad_enabled()
@@ -117,26 +142,33 @@ def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
 class Attention(Projections):
     """Causal self-attention with grouped queries: (B, T, C) -> (B, T, C)."""
 
-    def forward(self, x: torch.Tensor, rotate: Callable | None = None, attention_mask: torch.Tensor | None = None,
+    def forward(self, x: torch.Tensor, rotate: Callable | None = None,
+                attention_mask: torch.Tensor | None = None,
                 kv_cache=None) -> torch.Tensor:  # fmt: skip
-        """A bool `attention_mask` (True: may look; broadcasts to (B, H, T, S)) must include causality; None means causal.
+        """A bool `attention_mask` (True: may look; broadcasts to (B, H, T, S)) must
+        include causality; None means causal.
 
-        `kv_cache` has `.update(k, v, layer_idx)`, which returns the keys and values of all positions so far.
+        `kv_cache` has `.update(k, v, layer_idx)`, which returns the keys and values of
+        all positions so far.
         """
         q, k, v = self.project(x, rotate)
         if kv_cache is not None:
             k, v = kv_cache.update(k, v, self.layer_idx)  # (B, K, S, D)
         T, S, by_matrices = q.shape[2], k.shape[2], matrices_are_faster(q, k)
         if attention_mask is None and (1 < T < S or by_matrices):
-            attention_mask = causal_mask(T, S, device=x.device)  # is_causal counts from the first key
+            # is_causal counts from the first key
+            attention_mask = causal_mask(T, S, device=x.device)
         if by_matrices:
             y = grouped_attention(q, k, v, attention_mask)
         else:
             causal = attention_mask is None and T > 1
-            y = F.scaled_dot_product_attention(q, k, v, attention_mask, is_causal=causal, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, attention_mask,
+                                               is_causal=causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
     def weights(self, x: torch.Tensor, rotate: Callable | None = None) -> torch.Tensor:
-        """The causal shares of attention (B, H, T, T) that `forward` uses for x, for looking at."""
+        """The causal shares of attention (B, H, T, T) that `forward` uses for x, for
+        looking at.
+        """
         q, k, _ = self.project(x, rotate)
         return attention_weights(q, k, is_causal=True)

@@ -27,18 +27,22 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[MiniMind, Tokenizer]:
     """Model and tokenizer of a checkpoint folder; ChatError when it is none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ChatError(f"{folder} is not a folder: give a checkpoint folder such as runs/latest/artifacts/sft")
+        raise ChatError(f"{folder} is not a folder: give a checkpoint folder such as "
+                        "runs/latest/artifacts/sft")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise ChatError(f"{folder} has no {name}: a checkpoint folder holds config.json, model.safetensors and tokenizer.json")
+            raise ChatError(f"{folder} has no {name}: a checkpoint folder holds "
+                            "config.json, model.safetensors and tokenizer.json")
     try:
         return MiniMind.from_pretrained(folder).to(device).eval(), Tokenizer.from_pretrained(folder)
-    except Exception as error:  # a broken file can fail in many ways: the reader needs the file and the reason, no traceback
+    except Exception as error:  # a broken file can fail in many ways; no traceback for those
         raise ChatError(f"{folder} cannot be loaded: {error}") from error
 
 # %% ../chapters/10_generation.ipynb #generate-chat-stops
 def stop_tokens(folder: str | Path, tokenizer: Tokenizer) -> list[int]:
-    """Tokens that end an answer: the template's, and those that generation_config.json or config.json name."""
+    """Tokens that end an answer: the template's, and those that generation_config.json
+    or config.json name.
+    """
     stops = {tokenizer.eos_id, tokenizer.im_end_id}
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
@@ -48,7 +52,9 @@ def stop_tokens(folder: str | Path, tokenizer: Tokenizer) -> list[int]:
 
 # %% ../chapters/10_generation.ipynb #generate-chat-reply
 def fit(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[list[int], int]:
-    """Tokens of the newest turns that fit into `room`, and how many of the oldest messages were left out."""
+    """Tokens of the newest turns that fit into `room`, and how many of the oldest
+    messages were left out.
+    """
     kept, system = list(messages), [m for m in messages[:1] if m["role"] == "system"]
     kept = kept[len(system) :]
     while True:
@@ -57,35 +63,47 @@ def fit(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[list[int
             break
         kept = kept[2:]  # one question with its answer
     if len(ids) > room:
-        raise ChatError(f"the message is {len(ids)} tokens long and {room} fit: shorten it, or lower --max-new-tokens")
+        raise ChatError(f"the message is {len(ids)} tokens long and {room} fit: "
+                        "shorten it, or lower --max-new-tokens")
     return ids, len(messages) - len(system) - len(kept)
 
 
 def reply(
-    model: MiniMind, tokenizer: Tokenizer, messages: list[dict], stop_ids: list[int], max_new_tokens: int = 128, **options
+    model: MiniMind, tokenizer: Tokenizer, messages: list[dict], stop_ids: list[int],
+    max_new_tokens: int = 128, **options
 ) -> Iterator[str]:
-    """Yield the assistant's answer to `messages` piece by piece, leaving out the oldest turns when they do not fit."""
+    """Yield the assistant's answer to `messages` piece by piece, leaving out the oldest
+    turns when they do not fit.
+    """
     room = model.config.max_position_embeddings - max_new_tokens
     ids, left_out = fit(tokenizer, messages, room)
     if left_out:
-        print(f"(the oldest {left_out} messages no longer fit into {room} tokens and are left out)", file=sys.stderr)
+        print(f"(the oldest {left_out} messages no longer fit into {room} tokens and "
+              "are left out)", file=sys.stderr)
     device = next(model.parameters()).device
-    yield from stream(model, tokenizer, torch.tensor([ids], device=device), max_new_tokens, stop_ids, **options)
+    yield from stream(model, tokenizer, torch.tensor([ids], device=device),
+                      max_new_tokens, stop_ids, **options)
 
 # %% ../chapters/10_generation.ipynb #generate-chat-parser
 def parser() -> argparse.ArgumentParser:
     """The command line of `python -m minimind.chat`."""
     p = argparse.ArgumentParser(
         prog="python -m minimind.chat",
-        description="Talk to the model in a checkpoint folder: ours, or a Hugging Face Qwen3 or Llama folder. Needs no network.",
+        description="Talk to the model in a checkpoint folder: ours, or a Hugging Face "
+                    "Qwen3 or Llama folder. Needs no network.",
         epilog='example: python -m minimind.chat runs/latest/artifacts/sft --prompt "Where does Garus live?"',
     )
-    p.add_argument("folder", help="folder with config.json, model.safetensors and tokenizer.json")
+    p.add_argument("folder", help="folder with config.json, model.safetensors and "
+                                  "tokenizer.json")
     p.add_argument("--prompt", help="answer this one message and stop")
     p.add_argument("--system", help="a system message put before the conversation")
-    p.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template (for base models)")
-    p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token each time (default)")
+    p.add_argument("--raw", action="store_true", help="continue the text as it stands, "
+                                                      "without the chat template (for "
+                                                      "base models)")
+    p.add_argument("--max-new-tokens", type=int, default=128,
+                   help="longest answer (default 128)")
+    p.add_argument("--temperature", type=float, default=0.0,
+                   help="0 takes the most probable token each time (default)")
     p.add_argument("--top-k", type=int)
     p.add_argument("--top-p", type=float)
     p.add_argument("--min-p", type=float)
@@ -95,13 +113,16 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../chapters/10_generation.ipynb #generate-chat-answer
-def answer(args: argparse.Namespace, model: MiniMind, tokenizer: Tokenizer, messages: list[dict]) -> str:
+def answer(args: argparse.Namespace, model: MiniMind, tokenizer: Tokenizer,
+           messages: list[dict]) -> str:
     """Print the answer to the last message as it grows, and return it."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+             "max_new_tokens")
     options = {name: getattr(args, name) for name in names}
     stops = stop_tokens(args.folder, tokenizer)
     if args.raw:
-        ids = torch.tensor([tokenizer.encode(messages[-1]["content"])], device=args.device)
+        ids = torch.tensor([tokenizer.encode(messages[-1]["content"])],
+                           device=args.device)
         pieces = stream(model, tokenizer, ids, stop_ids=stops, **options)
     else:
         pieces = reply(model, tokenizer, messages, stops, **options)
@@ -114,11 +135,14 @@ def answer(args: argparse.Namespace, model: MiniMind, tokenizer: Tokenizer, mess
 
 # %% ../chapters/10_generation.ipynb #generate-chat-main
 def chat(args: argparse.Namespace) -> None:
-    """One answer for --prompt, else a conversation that ends with an empty line or end of input."""
+    """One answer for --prompt, else a conversation that ends with an empty line or end
+    of input.
+    """
     model, tokenizer = load(args.folder, args.device)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:
-        answer(args, model, tokenizer, messages + [{"role": "user", "content": args.prompt}])
+        answer(args, model, tokenizer,
+               messages + [{"role": "user", "content": args.prompt}])
         return
     print("Write a message; an empty line ends the conversation.", file=sys.stderr)
     while text := next_line():

@@ -14,7 +14,8 @@ import torch
 
 # %% ../chapters/10_generation.ipynb #generate-top-k
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the k largest of logits (B, V) and ties of the last of them; the others become -inf.
+    """Keep the k largest of logits (B, V) and ties of the last of them; the others
+    become -inf.
 
     Fan et al. 2018, arXiv:1805.04833.
     """
@@ -23,26 +24,35 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 # %% ../chapters/10_generation.ipynb #generate-top-p
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the fewest tokens whose probabilities add up to at least p (Holtzman et al. 2019, arXiv:1904.09751)."""
+    """Keep the fewest tokens whose probabilities add up to at least p (Holtzman et al.
+    2019, arXiv:1904.09751).
+    """
     probabilities, order = logits.softmax(-1).sort(descending=True)  # (B, V) each
-    before = probabilities.cumsum(-1) - probabilities  # what the better tokens already add up to
+    # what the better tokens already add up to
+    before = probabilities.cumsum(-1) - probabilities
     drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
     return logits.masked_fill(drop, -torch.inf)
 
 # %% ../chapters/10_generation.ipynb #generate-min-p
 def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep tokens at least p times as probable as the most probable one (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Keep tokens at least p times as probable as the most probable one (Nguyen et al.
+    2024, arXiv:2407.01082).
+    """
     probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True),
+                              -torch.inf)
 
 # %% ../chapters/10_generation.ipynb #generate-repetition-penalty
-def penalise_repetition(logits: torch.Tensor, previous: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make the tokens in `previous` (B, n) less likely: divide positive logits, multiply negative ones.
+def penalise_repetition(logits: torch.Tensor, previous: torch.Tensor,
+                        penalty: float) -> torch.Tensor:
+    """Make the tokens in `previous` (B, n) less likely: divide positive logits,
+    multiply negative ones.
 
     Keskar et al. 2019, arXiv:1909.05858.
     """
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, previous, True)
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return torch.where(seen, torch.where(logits > 0, logits / penalty,
+                                         logits * penalty), logits)
 
 # %% ../chapters/10_generation.ipynb #generate-sample-next
 def sample_next(
@@ -55,10 +65,11 @@ def sample_next(
     previous: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Choose one token for each row of logits (B, V): ids (B,). Temperature 0 takes the most probable token.
+    """Choose one token for each row of logits (B, V): ids (B,). Temperature 0 takes the
+    most probable token.
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p. `previous` (B, n) holds the
-    tokens so far, for the penalty.
+    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p.
+    `previous` (B, n) holds the tokens so far, for the penalty.
     """
     if repetition_penalty != 1.0 and previous is not None:
         logits = penalise_repetition(logits, previous, repetition_penalty)
@@ -75,13 +86,17 @@ def sample_next(
 
 # %% ../chapters/10_generation.ipynb #generate-kv-cache
 class KVCache:
-    """Keys and values of all positions so far, of all layers, in memory that is set aside once.
+    """Keys and values of all positions so far, of all layers, in memory that is set
+    aside once.
 
-    Memory in bytes: 2 * layers * B * K * max_length * D * bytes per number. `update` is what attention calls.
+    Memory in bytes: 2 * layers * B * K * max_length * D * bytes per number. `update` is
+    what attention calls.
     """
 
-    def __init__(self, config, batch_size: int, max_length: int, device=None, dtype: torch.dtype | None = None):
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)  # (B, K, S, D)
+    def __init__(self, config, batch_size: int, max_length: int, device=None,
+                 dtype: torch.dtype | None = None):
+        shape = (batch_size, config.num_key_value_heads, max_length,
+                 config.head_dim)  # (B, K, S, D)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
@@ -93,11 +108,15 @@ class KVCache:
         """Positions that every layer holds."""
         return self.filled[-1]
 
-    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k and v (B, K, T, D) behind what is there; return all so far, (B, K, S, D), as views."""
+    def update(self, k: torch.Tensor, v: torch.Tensor,
+               layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k and v (B, K, T, D) behind what is there; return all so far, (B, K, S,
+        D), as views.
+        """
         start, end = self.filled[layer_idx], self.filled[layer_idx] + k.shape[2]
         if end > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} positions and {end} are needed: make it longer")
+            raise ValueError(f"the cache holds {self.max_length} positions and {end} "
+                             "are needed: make it longer")
         self.keys[layer_idx][:, :, start:end] = k
         self.values[layer_idx][:, :, start:end] = v
         self.filled[layer_idx] = end
@@ -105,13 +124,17 @@ class KVCache:
 
 # %% ../chapters/10_generation.ipynb #generate-check-request
 def check_request(config, input_ids: torch.Tensor, max_new_tokens: int) -> None:
-    """ValueError in plain words for a prompt that this model cannot continue by `max_new_tokens`."""
+    """ValueError in plain words for a prompt that this model cannot continue by
+    `max_new_tokens`.
+    """
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (B, T) with at least one token per row")
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (B, T) "
+                         "with at least one token per row")
     T, room = input_ids.shape[1], config.max_position_embeddings
     if T + max_new_tokens > room:
         raise ValueError(
-            f"{T} prompt tokens and {max_new_tokens} new ones are {T + max_new_tokens} positions, this model has {room}: "
+            f"{T} prompt tokens and {max_new_tokens} new ones are {T + max_new_tokens} "
+            f"positions, this model has {room}: "
             f"shorten the prompt or ask for at most {max(room - T, 0)} new tokens"
         )
 
@@ -119,13 +142,16 @@ def check_request(config, input_ids: torch.Tensor, max_new_tokens: int) -> None:
 def start_ids(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, end: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Memory for `end` tokens with the prompt in it, (B, end); and, for padded rows, mask (B, end) and positions (B, end)."""
+    """Memory for `end` tokens with the prompt in it, (B, end); and, for padded rows,
+    mask (B, end) and positions (B, end).
+    """
     B, T = input_ids.shape
     ids = input_ids.new_zeros(B, end)
     if attention_mask is None:
         ids[:, :T] = input_ids
         return ids, None, None
-    ids[:, :T] = torch.where(attention_mask.bool(), input_ids, input_ids[:, -1:])  # padding must not count as repetition
+    # padding must not count as repetition
+    ids[:, :T] = torch.where(attention_mask.bool(), input_ids, input_ids[:, -1:])
     mask = torch.cat((attention_mask, attention_mask.new_ones(B, end - T)), dim=1)
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
@@ -141,19 +167,25 @@ def next_tokens(
     seed: int | None = None,
     **sampling,
 ) -> Iterator[torch.Tensor]:
-    """Yield the next token of every row, (B,), up to `max_new_tokens` times; a stopped row repeats the first stop id."""
+    """Yield the next token of every row, (B,), up to `max_new_tokens` times; a stopped
+    row repeats the first stop id.
+    """
     check_request(model.config, input_ids, max_new_tokens)
-    (B, T), device, end = input_ids.shape, input_ids.device, input_ids.shape[1] + max_new_tokens
+    (B, T), device = input_ids.shape, input_ids.device
+    end = T + max_new_tokens
     ids, mask, positions = start_ids(input_ids, attention_mask, end)
-    cache = KVCache(model.config, B, end, device, next(model.parameters()).dtype) if use_cache else None
+    cache = KVCache(model.config, B, end, device,
+                    next(model.parameters()).dtype) if use_cache else None
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     stopped = torch.zeros(B, dtype=torch.bool, device=device)
     start = 0  # with a cache, later steps read one new position only
     for now in range(T, end):
-        padding = {} if mask is None else {"attention_mask": mask[:, :now], "position_ids": positions[:, start:now]}
+        padding = {} if mask is None else {"attention_mask": mask[:, :now],
+                                           "position_ids": positions[:, start:now]}
         logits = model(ids[:, start:now], kv_cache=cache, **padding)[:, -1]  # (B, V)
-        chosen = sample_next(logits, previous=ids[:, :now], generator=generator, **sampling)
+        chosen = sample_next(logits, previous=ids[:, :now], generator=generator,
+                             **sampling)
         if len(stops):
             chosen = torch.where(stopped, stops[0], chosen)
             stopped |= torch.isin(chosen, stops)
@@ -164,19 +196,24 @@ def next_tokens(
         start = now if use_cache else 0
 
 # %% ../chapters/10_generation.ipynb #generate-generate
-def generate(model, input_ids: torch.Tensor, max_new_tokens: int = 64, **options) -> torch.Tensor:
+def generate(model, input_ids: torch.Tensor, max_new_tokens: int = 64,
+             **options) -> torch.Tensor:
     """Continue every row of input_ids (B, T) by up to `max_new_tokens`: (B, T + new).
 
-    Options are those of `next_tokens` and `sample_next`. Rows that reach a stop id early are filled up with the first
-    stop id; generation ends when all have stopped. For rows of unequal length see `generate_batch`.
+    Options are those of `next_tokens` and `sample_next`. Rows that reach a stop id
+    early are filled up with the first stop id; generation ends when all have stopped.
+    For rows of unequal length see `generate_batch`.
     """
     model.eval()
     new = list(next_tokens(model, input_ids, max_new_tokens, **options))
     return torch.cat((input_ids, torch.stack(new, dim=1)), dim=1) if new else input_ids
 
 # %% ../chapters/10_generation.ipynb #generate-left-pad
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0, device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of unequal length as ids (B, T) with padding on the left, and the mask (B, T) that is 1 for real tokens."""
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0,
+             device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of unequal length as ids (B, T) with padding on the left, and the mask (B,
+    T) that is 1 for real tokens.
+    """
     T = max(map(len, prompts))
     ids = [[pad_id] * (T - len(row)) + list(row) for row in prompts]
     real = [[0] * (T - len(row)) + [1] * len(row) for row in prompts]
@@ -184,26 +221,34 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0, device=None) -> 
 
 # %% ../chapters/10_generation.ipynb #generate-generate-batch
 def generate_batch(
-    model, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, stop_ids: Sequence[int] = (), batch_size: int = 64, **options
+    model, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64,
+    stop_ids: Sequence[int] = (), batch_size: int = 64, **options
 ) -> list[list[int]]:
-    """Continue many prompts (lists of ids) at once: for each its new tokens, without prompt and stop token."""
+    """Continue many prompts (lists of ids) at once: for each its new tokens, without
+    prompt and stop token.
+    """
     device, answers = next(model.parameters()).device, []
     for first in range(0, len(prompts), batch_size):
         ids, real = left_pad(prompts[first : first + batch_size], device=device)
         mask = None if real.all() else real
-        out = generate(model, ids, max_new_tokens, stop_ids=stop_ids, attention_mask=mask, **options)
+        out = generate(model, ids, max_new_tokens, stop_ids=stop_ids,
+                       attention_mask=mask, **options)
         for row in out[:, ids.shape[1] :].tolist():
-            stop = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
+            stop = next((i for i, token in enumerate(row) if token in stop_ids),
+                        len(row))
             answers.append(row[:stop])
     return answers
 
 # %% ../chapters/10_generation.ipynb #generate-stream
 def stream(
-    model, tokenizer, input_ids: torch.Tensor, max_new_tokens: int = 64, stop_ids: Sequence[int] = (), **options
+    model, tokenizer, input_ids: torch.Tensor, max_new_tokens: int = 64,
+    stop_ids: Sequence[int] = (), **options
 ) -> Iterator[str]:
-    """Yield the continuation of input_ids (1, T) as text, piece by piece, without the stop token.
+    """Yield the continuation of input_ids (1, T) as text, piece by piece, without the
+    stop token.
 
-    A character may be spread over several tokens; its bytes are held back until it is whole.
+    A character may be spread over several tokens; its bytes are held back until it is
+    whole.
     """
     model.eval()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -17,14 +17,18 @@ from torch.nn import functional as F
 from .tokenizer import Tokenizer
 
 # %% ../chapters/03_language_modeling.ipynb #language-cross-entropy
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor,
+                  ignore_index: int = -100) -> torch.Tensor:
     """Mean of -ln p(label) in nats, in float32, over all labels but ignore_index.
 
-    logits (B, T, V); labels (B, T), already shifted: labels[b, t] is the target of position t.
+    logits (B, T, V); labels (B, T), already shifted: labels[b, t] is the target of
+    position t.
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, not {tuple(labels.shape)}")
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=ignore_index)
+        raise ValueError(f"logits {tuple(logits.shape)} need labels "
+                         f"{tuple(logits.shape[:-1])}, not {tuple(labels.shape)}")
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(),
+                           ignore_index=ignore_index)
 
 # %% ../chapters/03_language_modeling.ipynb #language-perplexity
 def perplexity(nats: float) -> float:
@@ -47,13 +51,18 @@ def token_byte_lengths(tokenizer: Tokenizer) -> torch.Tensor:
 
 # %% ../chapters/03_language_modeling.ipynb #language-total-nats
 @torch.no_grad()
-def total_nats(model: Callable, tokens: torch.Tensor, context: int, batch_size: int, amp: torch.dtype | None) -> float:
-    """Sum of -ln p over every token but the first, each from at most `context` tokens before it."""
+def total_nats(model: Callable, tokens: torch.Tensor, context: int, batch_size: int,
+               amp: torch.dtype | None) -> float:
+    """Sum of -ln p over every token but the first, each from at most `context` tokens
+    before it.
+    """
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     device = next(parameters, tokens).device
     whole = (len(tokens) - 1) // context * context
-    inputs, labels = tokens[:whole].view(-1, context), tokens[1 : whole + 1].view(-1, context)  # (N, T)
-    batches = list(zip(inputs.split(batch_size), labels.split(batch_size))) if whole else []
+    inputs, labels = tokens[:whole], tokens[1 : whole + 1]
+    inputs, labels = inputs.view(-1, context), labels.view(-1, context)  # (N, T)
+    batches = list(zip(inputs.split(batch_size),
+                       labels.split(batch_size))) if whole else []
     if whole < len(tokens) - 1:  # what is left is shorter than a window
         batches.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
     nats = 0.0
@@ -68,13 +77,17 @@ def evaluate_bits_per_byte(
     model: Callable, tokens: torch.Tensor | np.ndarray, byte_lengths: torch.Tensor,
     context: int = 256, batch_size: int = 32, amp: torch.dtype | None = None,
 ) -> float:  # fmt: skip
-    """Bits per byte of `model` on one stream of ids (1-D), read in windows of `context` tokens.
+    """Bits per byte of `model` on one stream of ids (1-D), read in windows of `context`
+    tokens.
 
-    model: any callable from ids (B, T) to logits (B, T, V); a module is in eval mode meanwhile.
+    model: any callable from ids (B, T) to logits (B, T, V); a module is in eval mode
+    meanwhile.
     """
-    tokens = torch.as_tensor(tokens if torch.is_tensor(tokens) else np.asarray(tokens, dtype=np.int64)).long()
+    tokens = torch.as_tensor(tokens if torch.is_tensor(tokens)
+                             else np.asarray(tokens, dtype=np.int64)).long()
     if len(tokens) < 2:
-        raise ValueError(f"{len(tokens)} tokens: at least two are needed, one to read and one to predict")
+        raise ValueError(f"{len(tokens)} tokens: at least two are needed, one to read "
+                         "and one to predict")
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()

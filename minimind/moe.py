@@ -29,8 +29,10 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 # %% ../chapters/06_moe.ipynb #moe-route
-def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool = True) -> tuple[Tensor, Tensor]:
-    """Choose experts: router_logits (N, E) -> weights (N, top_k), chosen experts (N, top_k).
+def route(router_logits: Tensor, top_k: int,
+          norm_topk_prob: bool = True) -> tuple[Tensor, Tensor]:
+    """Choose experts: router_logits (N, E) -> weights (N, top_k), chosen experts (N,
+    top_k).
 
     The softmax runs in float32. With norm_topk_prob the weights of a token sum to 1.
     """
@@ -41,8 +43,10 @@ def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool = True) -> tup
     return weights, chosen
 
 # %% ../chapters/06_moe.ipynb #moe-dispatch
-def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """Run each expert once on the tokens that chose it; tokens (N, C), weights and chosen (N, k) -> (N, C).
+def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor,
+             chosen: Tensor) -> Tensor:
+    """Run each expert once on the tokens that chose it; tokens (N, C), weights and
+    chosen (N, k) -> (N, C).
 
     The N * k visits are sorted by expert, so that the rows of an expert are one slice.
     """
@@ -50,17 +54,20 @@ def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor, chos
     order = visits.argsort(stable=True)
     token_of = order // chosen.size(1)  # the token behind each sorted visit
     load = visits.bincount(minlength=len(experts)).tolist()
-    slices = tokens.index_select(0, token_of).split(load)  # one (load, C) for each expert
+    # one (load, C) for each expert
+    slices = tokens.index_select(0, token_of).split(load)
     y = torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)])
     y = y * weights.flatten().index_select(0, order).unsqueeze(-1)  # (N * k, C)
     return torch.zeros_like(tokens).index_add(0, token_of, y.to(tokens.dtype))
 
 # %% ../chapters/06_moe.ipynb #moe-class
 class MoE(nn.Module):
-    """A feed-forward layer of num_experts SwiGLUs of which each token uses num_experts_per_tok; (..., C) -> (..., C).
+    """A feed-forward layer of num_experts SwiGLUs of which each token uses
+    num_experts_per_tok; (..., C) -> (..., C).
 
-    After a forward pass router_logits (N, num_experts) holds the scores of its N tokens. Parameter names are those of
-    Hugging Face's Qwen3-MoE files. Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961.
+    After a forward pass router_logits (N, num_experts) holds the scores of its N
+    tokens. Parameter names are those of Hugging Face's Qwen3-MoE files. Shazeer et al.
+    2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961.
     """
 
     def __init__(
@@ -73,17 +80,20 @@ class MoE(nn.Module):
     ):
         super().__init__()
         if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"num_experts_per_tok is {num_experts_per_tok}: it must be 1 to num_experts = {num_experts}")
+            raise ValueError(f"num_experts_per_tok is {num_experts_per_tok}: it must "
+                             f"be 1 to num_experts = {num_experts}")
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
-        self.experts = nn.ModuleList(SwiGLU(hidden_size, moe_intermediate_size) for _ in range(num_experts))
+        self.experts = nn.ModuleList(SwiGLU(hidden_size, moe_intermediate_size)
+                                     for _ in range(num_experts))
         self.router_logits: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # (N, C)
         self.router_logits = self.gate(tokens)  # (N, E)
-        weights, chosen = route(self.router_logits, self.num_experts_per_tok, self.norm_topk_prob)
+        weights, chosen = route(self.router_logits, self.num_experts_per_tok,
+                                self.norm_topk_prob)
         return dispatch(self.experts, tokens, weights.to(x.dtype), chosen).view_as(x)
 
     def __getstate__(self) -> dict:
@@ -97,10 +107,12 @@ def load_balancing_loss(
     top_k: int,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """E * sum over experts of (share of visits) * (mean probability); top_k when perfectly even.
+    """E * sum over experts of (share of visits) * (mean probability); top_k when
+    perfectly even.
 
-    router_logits is one (N, E) tensor or one for each layer; all layers are pooled, as Hugging
-    Face does. attention_mask (B, T), 1 = real, leaves padding out. Fedus et al. 2021, equations 4-6.
+    router_logits is one (N, E) tensor or one for each layer; all layers are pooled, as
+    Hugging Face does. attention_mask (B, T), 1 = real, leaves padding out. Fedus et al.
+    2021, equations 4-6.
     """
     layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
     logits = torch.cat(layers)  # (L * N, E)
@@ -109,5 +121,6 @@ def load_balancing_loss(
     real = torch.ones_like(probs[:, 0])
     if attention_mask is not None:
         real = attention_mask.flatten().to(probs.dtype).repeat(len(layers))
-    visits = torch.zeros_like(probs[0]).index_add(0, chosen.flatten(), real.repeat_interleave(top_k))
+    visits = torch.zeros_like(probs[0]).index_add(0, chosen.flatten(),
+                                                  real.repeat_interleave(top_k))
     return num_experts * ((visits / real.sum()) * (real @ probs / real.sum())).sum()

@@ -39,8 +39,10 @@ import sys
 
 import torch
 
-assert sys.version_info >= (3, 11), f"Python {sys.version.split()[0]} is too old: this course needs 3.11 or newer"
-assert torch.__version__ >= "2.11" or torch.__version__.startswith("3"), f"torch {torch.__version__} is older than 2.11"
+python = sys.version.split()[0]
+assert sys.version_info >= (3, 11), f"Python {python} is too old: this course needs 3.11"
+torch_version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+assert torch_version >= (2, 11), f"torch {torch.__version__} is older than 2.11"
 
 # %% [markdown]
 # ## 0.2 The map
@@ -72,12 +74,15 @@ for row, (stage, boxes) in enumerate(STAGES.items()):
         ax.text(0.55 + 1.35 * column, y, box, ha="center", va="center", fontsize=9,
                 bbox={"boxstyle": "round,pad=0.45", "fc": colours[row], "ec": "black"})
         if column:
-            ax.annotate("", (1.35 * column + 0.02, y), (1.35 * column - 0.28, y), arrowprops={"arrowstyle": "->"})
+            ax.annotate("", (1.35 * column + 0.02, y), (1.35 * column - 0.28, y),
+                        arrowprops={"arrowstyle": "->"})
     if row:
-        ax.annotate("", (0.55, y + 0.3), (0.55, y + 0.7), arrowprops={"arrowstyle": "->"})
+        ax.annotate("", (0.55, y + 0.3), (0.55, y + 0.7),
+                    arrowprops={"arrowstyle": "->"})
 ax.set(xlim=(-1.0, 5.4), ylim=(-3.5, 0.5))
 ax.axis("off")
-show(fig, "The course in four rows: text becomes numbers, numbers pass through the model, training sets its weights, and then it talks.")
+show(fig, "The course in four rows: text becomes numbers, numbers pass through the "
+          "model, training sets its weights, and then it talks.")
 
 # %% [markdown]
 # Four words will come back in every chapter:
@@ -93,15 +98,22 @@ show(fig, "The course in four rows: text becomes numbers, numbers pass through t
 
 # %% id="start-questions"
 QUIZ = [
-    ("A has shape (2, 3) and B has shape (3, 5). The shape of A @ B is", ["(2, 5)", "(3, 3)", "(5, 2)"], "a", "matrices"),
-    ("x has shape (4, 1) and y has shape (1, 3). The shape of x + y is", ["an error", "(4, 3)", "(4, 1)"], "b", "matrices"),
-    ("x.transpose(0, 1) of a tensor of shape (2, 7) has shape", ["(2, 7)", "(14,)", "(7, 2)"], "c", "tensors"),
+    ("A has shape (2, 3) and B has shape (3, 5). The shape of A @ B is",
+     ["(2, 5)", "(3, 3)", "(5, 2)"], "a", "matrices"),
+    ("x has shape (4, 1) and y has shape (1, 3). The shape of x + y is",
+     ["an error", "(4, 3)", "(4, 1)"], "b", "matrices"),
+    ("x.transpose(0, 1) of a tensor of shape (2, 7) has shape",
+     ["(2, 7)", "(14,)", "(7, 2)"], "c", "tensors"),
     ("The derivative of x * x at x = 3 is", ["9", "6", "3"], "b", "gradients"),
-    ("Gradient descent changes a weight", ["against its gradient", "along its gradient", "at random"], "a", "gradients"),
+    ("Gradient descent changes a weight",
+     ["against its gradient", "along its gradient", "at random"], "a", "gradients"),
     ("softmax([0, 0]) is", ["[0, 0]", "[1, 1]", "[0.5, 0.5]"], "c", "probability"),
-    ("A fair die shows a six twice in a row with probability", ["1/6", "1/36", "2/6"], "b", "probability"),
-    ("log(a * b) equals", ["log a * log b", "log a + log b", "log(a + b)"], "b", "logarithms"),
-    ("A model is perfect on its training text and bad on new text. It has", ["overfitted", "underfitted", "converged"], "a", "validation"),
+    ("A fair die shows a six twice in a row with probability", ["1/6", "1/36", "2/6"],
+     "b", "probability"),
+    ("log(a * b) equals", ["log a * log b", "log a + log b", "log(a + b)"], "b",
+     "logarithms"),
+    ("A model is perfect on its training text and bad on new text. It has",
+     ["overfitted", "underfitted", "converged"], "a", "validation"),
     ("How many bytes does 'é' take in UTF-8?", ["1", "2", "4"], "b", "bytes"),
 ]
 
@@ -110,7 +122,8 @@ QUIZ = [
 
 # %% id="start-print-questions"
 for number, (question, options, _, _) in enumerate(QUIZ, 1):
-    print(f"{number:2}. {question}   " + "   ".join(f"{letter}) {option}" for letter, option in zip("abc", options)))
+    print(f"{number:2}. {question}   "
+          + "   ".join(f"{letter}) {option}" for letter, option in zip("abc", options)))
 
 # %% [markdown]
 # Write your ten letters into `my_answers`, in order, with `?` where you do not know, and run the two cells below. (The letters there
@@ -124,9 +137,11 @@ my_answers = "abcbacaaa?"
 
 # %% id="start-score"
 READ = {
-    "matrices": "chapter 4, section 1; Zhang et al. (2023), Dive into Deep Learning, section 2.3",
+    "matrices": "chapter 4, section 1; Zhang et al. (2023), Dive into Deep Learning, "
+                "section 2.3",
     "tensors": "Zhang et al. (2023), Dive into Deep Learning, section 2.1",
-    "gradients": "chapter 3, the neural bigram; Zhang et al. (2023), sections 2.4 and 2.5",
+    "gradients": "chapter 3, the neural bigram; Zhang et al. (2023), sections 2.4 and "
+                 "2.5",
     "probability": "chapter 3, counting; Zhang et al. (2023), section 2.6",
     "logarithms": "chapter 3, why the loss is a logarithm",
     "validation": "chapter 1, the split; Zhang et al. (2023), section 3.6",
@@ -137,8 +152,10 @@ READ = {
 def score(answers: str) -> tuple[int, list[str]]:
     """Right answers out of ten, and the subjects to read up on, each once."""
     if len(answers) != len(QUIZ) or set(answers) - set("abc?"):
-        raise ValueError(f"my_answers must be {len(QUIZ)} letters, each a, b, c or ?: got {answers!r}")
-    wrong = [subject for given, (_, _, right, subject) in zip(answers, QUIZ) if given != right]
+        raise ValueError(f"my_answers must be {len(QUIZ)} letters, each a, b, c or ?: "
+                         f"got {answers!r}")
+    wrong = [subject for given, (_, _, right, subject) in zip(answers, QUIZ)
+             if given != right]
     return len(QUIZ) - len(wrong), list(dict.fromkeys(wrong))
 
 
@@ -171,7 +188,8 @@ from minimind.tokenizer import Tokenizer
 
 folder = chapter.read("sft")
 model, tokenizer = MiniMind.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-print(f"{model.num_parameters() / 1e6:.2f} million parameters, {tokenizer.vocab_size} tokens")
+print(f"{model.num_parameters() / 1e6:.2f} million parameters, {tokenizer.vocab_size} "
+      "tokens")
 
 # %% [markdown]
 # The people it knows are listed with the data. We take five of them whom the chat training never asked about, so an answer
@@ -191,7 +209,8 @@ from minimind.sft import ask
 
 replies = [ask(model, tokenizer, row["question"]) for row in fresh]
 for row, reply in zip(fresh, replies):
-    print(f"you:      {row['question']}\nminimind: {reply}   ({'right' if row['answer'] in reply else 'wrong: ' + row['answer']})\n")
+    print(f"you:      {row['question']}\nminimind: {reply}   "
+          f"({'right' if row['answer'] in reply else 'wrong: ' + row['answer']})\n")
 
 # %% [markdown]
 # Now ask something outside its world. A model answers whether it knows or not, and it sounds as sure as before. Keep this in mind
@@ -200,7 +219,8 @@ for row, reply in zip(fresh, replies):
 # %% id="start-outside"
 print(ask(model, tokenizer, "What is the capital of France?"))
 print(ask(model, tokenizer, "Who are you?"))
-assert all(reply.strip() for reply in replies), "an empty reply: the checkpoint in data/checkpoints/sft is damaged"
+assert all(reply.strip()
+           for reply in replies), "an empty reply: the checkpoint in data/checkpoints/sft is damaged"
 
 # %% [markdown]
 # Ask your own. In a terminal, `python -m minimind.chat data/checkpoints/sft` opens a chat that goes on until you close it.
@@ -210,7 +230,8 @@ assert all(reply.strip() for reply in replies), "an empty reply: the checkpoint 
 import ipywidgets as widgets
 
 first = f"Where does {fresh[0]['person']} live?"
-question = widgets.Text(value=first, description="you", continuous_update=False, layout={"width": "80%"})
+question = widgets.Text(value=first, description="you", continuous_update=False,
+                        layout={"width": "80%"})
 reply = widgets.HTML()
 
 
@@ -230,7 +251,9 @@ widgets.VBox([question, reply])
 # This is the whole interface, and chapters 2 to 9 fill it in.
 
 # %% id="start-inside"
-prompt = tokenizer.apply_chat_template([{"role": "user", "content": fresh[0]["question"]}], add_generation_prompt=True)
+prompt = tokenizer.apply_chat_template([{"role": "user",
+                                         "content": fresh[0]["question"]}],
+                                         add_generation_prompt=True)
 print(prompt)
 with torch.no_grad():
     probabilities = model(torch.tensor([prompt]))[0, -1].softmax(-1)
@@ -245,7 +268,8 @@ fig, ax = plt.subplots(figsize=(6, 2.2))
 labels = [repr(tokenizer.decode([i])) for i in top.indices.tolist()]
 ax.barh(labels[::-1], top.values.tolist()[::-1])
 ax.set(xlabel="probability", xlim=(0, 1))
-show(fig, f"The model's first token after the question: most of the probability goes to {labels[0]}.")
+show(fig, f"The model's first token after the question: most of the probability goes "
+          f"to {labels[0]}.")
 
 # %% [markdown]
 # ## 0.6 How to work with this book

@@ -33,8 +33,10 @@ from minimind.data import read_texts, set_seed
 
 set_seed(1)
 data = chapter.read("data")
-some = list(islice(read_texts(data / "pretrain" / "train.jsonl.gz"), chapter.size.letter_texts))
-common = [c for c, _ in Counter("\n".join(some)).most_common(60)]  # rarer letters become "?"
+some = list(islice(read_texts(data / "pretrain" / "train.jsonl.gz"),
+                   chapter.size.letter_texts))
+# rarer letters become "?"
+common = [c for c, _ in Counter("\n".join(some)).most_common(60)]
 alphabet = sorted({*common, "\n", "?"})
 print(len(alphabet), "letters:", "".join(alphabet).replace("\n", "⏎"))
 
@@ -47,12 +49,14 @@ number = {c: i for i, c in enumerate(alphabet)}
 
 def letter_ids(texts: list[str]) -> torch.Tensor:
     """One long row of letter numbers, a line end after each text."""
-    return torch.tensor([number.get(c, number["?"]) for text in texts for c in text + "\n"])
+    return torch.tensor([number.get(c, number["?"]) for text in texts
+                         for c in text + "\n"])
 
 
 ids = letter_ids(some)
 V = len(alphabet)
-counts = torch.bincount(ids[:-1] * V + ids[1:], minlength=V * V).view(V, V).float()  # (V, V)
+counts = torch.bincount(ids[:-1] * V + ids[1:],
+                        minlength=V * V).view(V, V).float()  # (V, V)
 assert counts.sum() == len(ids) - 1
 
 # %% [markdown]
@@ -69,7 +73,8 @@ assert torch.allclose(P.sum(1)[rows[:, 0] > 0], torch.ones(()))
 # %% id="language-heat"
 import matplotlib.pyplot as plt
 
-shown = [number[c] for c in sorted(c for c in common if c.isalpha() and c.islower() or c in " .")]
+shown = [number[c] for c in sorted(c for c in common if c.isalpha() and c.islower()
+                                   or c in " .")]
 labels = [alphabet[i].replace(" ", "␣") for i in shown]
 fig, ax = plt.subplots(figsize=(5.2, 4.6))
 image = ax.imshow(P[shown][:, shown], cmap="Greys", vmin=0, vmax=1)
@@ -78,7 +83,8 @@ ax.set_yticks(range(len(shown)), labels)
 ax.set(xlabel="next letter", ylabel="this letter")
 ax.grid(False)
 fig.colorbar(image, label="probability", shrink=0.8)
-show(fig, "Next-letter probabilities counted in the text: each row is one letter; a dark square is a letter that almost always follows.")
+show(fig, "Next-letter probabilities counted in the text: each row is one letter; a "
+          "dark square is a letter that almost always follows.")
 
 # %% [markdown]
 # In JupyterLab, choose a letter and see its row.
@@ -87,14 +93,17 @@ show(fig, "Next-letter probabilities counted in the text: each row is one letter
 def row_of(letter: str) -> str:
     """The five likeliest letters after `letter`, as lines with bars."""
     top = P[number[letter]].topk(5)
-    return "".join(f"{alphabet[i]!r:5} {'#' * round(40 * p)} {p:.2f}\n" for p, i in zip(*(x.tolist() for x in top)))
+    return "".join(f"{alphabet[i]!r:5} {'#' * round(40 * p)} {p:.2f}\n"
+                   for p, i in zip(*(x.tolist() for x in top)))
 
 
 try:
     from ipywidgets import HTML, Dropdown, VBox
 
-    choice, lines = Dropdown(options=[c for c in alphabet if c.isalpha()], description="letter"), HTML()
-    fill = lambda _: setattr(lines, "value", f"<pre>{row_of(choice.value)}</pre>")  # noqa: E731
+    choice, lines = Dropdown(options=[c for c in alphabet if c.isalpha()],
+                             description="letter"), HTML()
+    # noqa: E731
+    fill = lambda _: setattr(lines, "value", f"<pre>{row_of(choice.value)}</pre>")
     choice.observe(fill, "value")
     fill(None)
     display(VBox([choice, lines]))
@@ -129,7 +138,8 @@ print("pairs:       ", write(P))
 
 # %% id="language-product"
 steps = P[ids[:400], ids[1:401]]  # the probability of each next letter
-print("after 20 letters:", steps[:20].prod().item(), "  after 400:", steps.prod().item())
+print("after 20 letters:", steps[:20].prod().item(), "  after 400:",
+      steps.prod().item())
 assert steps.prod() == 0 and steps.log().sum() < -100
 
 # %% [markdown]
@@ -142,9 +152,11 @@ ax.plot(p, -p.log())
 for point in (0.5, 0.1, 0.01):
     value = -torch.tensor(point).log()
     ax.plot(point, value, "o", color="black")
-    ax.annotate(f"p = {point}: {value:.2f}", (point, value), xytext=(6, 3), textcoords="offset points")
+    ax.annotate(f"p = {point}: {value:.2f}", (point, value), xytext=(6, 3),
+                textcoords="offset points")
 ax.set(xlabel="probability given to what came", ylabel="surprise (nats)")
-show(fig, "Surprise grows slowly at first and without bound: half as likely always costs another 0.69 nats.")
+show(fig, "Surprise grows slowly at first and without bound: half as likely always "
+          "costs another 0.69 nats.")
 
 # %% [markdown]
 # The mean surprise over a text is the **cross-entropy**, and it is the loss of all training in this course. For logits $z$ (any real numbers, one for each token) the probability is
@@ -183,14 +195,18 @@ from minimind.tokenizer import Tokenizer
 
 # %% id="language-cross-entropy"
 #| export
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor,
+                  ignore_index: int = -100) -> torch.Tensor:
     """Mean of -ln p(label) in nats, in float32, over all labels but ignore_index.
 
-    logits (B, T, V); labels (B, T), already shifted: labels[b, t] is the target of position t.
+    logits (B, T, V); labels (B, T), already shifted: labels[b, t] is the target of
+    position t.
     """
     if logits.shape[:-1] != labels.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} need labels {tuple(logits.shape[:-1])}, not {tuple(labels.shape)}")
-    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=ignore_index)
+        raise ValueError(f"logits {tuple(logits.shape)} need labels "
+                         f"{tuple(logits.shape[:-1])}, not {tuple(labels.shape)}")
+    return F.cross_entropy(logits.float().flatten(0, -2), labels.flatten(),
+                           ignore_index=ignore_index)
 
 
 # %% [markdown]
@@ -214,13 +230,15 @@ assert abs(untrained - math.log(V)) < 1e-6
 
 # %% id="language-too-sure"
 scales = [0.01, 0.1, 0.3, 1, 2, 3, 5]
-first = [cross_entropy(scale * torch.randn(1, 4000, V), torch.randint(V, (1, 4000))).item() for scale in scales]
+first = [cross_entropy(scale * torch.randn(1, 4000, V),
+                       torch.randint(V, (1, 4000))).item() for scale in scales]
 fig, ax = plt.subplots(figsize=(6, 2.5))
 ax.plot(scales, first, "o-", label="random logits")
 ax.axhline(math.log(V), color="black", ls=":", label="ln V")
 ax.set(xlabel="standard deviation of the random logits", ylabel="loss (nats)")
 ax.legend()
-show(fig, "The first loss of a random model: ln V while the logits are small, and more for each step towards being sure of nonsense.")
+show(fig, "The first loss of a random model: ln V while the logits are small, and more "
+          "for each step towards being sure of nonsense.")
 assert abs(first[0] - math.log(V)) < 0.01 < first[-1] - math.log(V)
 
 # %% [markdown]
@@ -239,7 +257,8 @@ def perplexity(nats: float) -> float:
 # %% id="language-letter-losses"
 count_loss = -(counts[counts > 0] * P[counts > 0].log()).sum().item() / (len(ids) - 1)
 letter_loss = -(unigram[0][ids[1:]]).log().mean().item()
-for name, nats in (("nothing", math.log(V)), ("single letters", letter_loss), ("pairs", count_loss)):
+for name, nats in (("nothing", math.log(V)), ("single letters", letter_loss),
+                   ("pairs", count_loss)):
     print(f"{name:15} {nats:.3f} nats, perplexity {perplexity(nats):5.1f}")
 assert count_loss < letter_loss < math.log(V)
 
@@ -287,7 +306,8 @@ ax.plot(range(1, len(curve) + 1), curve, label="trained by gradient")
 ax.axhline(count_loss, color="black", ls=":", label="counted")
 ax.set(xlabel="steps", ylabel="loss (nats per letter)", xscale="log")
 ax.legend()
-show(fig, "The trained bigram starts at ln V and falls to the loss of the counted one, never below it.")
+show(fig, "The trained bigram starts at ln V and falls to the loss of the counted one, "
+          "never below it.")
 if chapter.max_steps is None:
     assert abs(curve[-1] - count_loss) < 0.01
     assert (W.softmax(1) - P)[rows[:, 0] > 100].abs().max() < 0.02
@@ -304,9 +324,11 @@ if chapter.max_steps is None:
 # %% id="language-zero"
 few = letter_ids(some[:20])
 few_counts = torch.bincount(few[:-1] * V + few[1:], minlength=V * V).view(V, V).float()
-held = letter_ids(list(islice(read_texts(data / "pretrain" / "valid.jsonl.gz"), chapter.size.valid_texts)))
+held = letter_ids(list(islice(read_texts(data / "pretrain" / "valid.jsonl.gz"),
+                              chapter.size.valid_texts)))
 p = (few_counts / few_counts.sum(1, keepdim=True).clamp(min=1))[held[:-1], held[1:]]
-print(f"{(p == 0).sum():,} of {len(p):,} held-out pairs were never counted; loss {-p.log().mean():.3f}")
+print(f"{(p == 0).sum():,} of {len(p):,} held-out pairs were never counted; loss "
+      f"{-p.log().mean():.3f}")
 assert (p == 0).any() and torch.isinf(-p.log().mean())
 
 # %% [markdown]
@@ -321,11 +343,14 @@ def smoothed(counts: torch.Tensor, constant: float) -> float:
 
 constants = [10.0**k for k in range(-6, 4)]
 fig, ax = plt.subplots(figsize=(6, 2.5))
-ax.plot(constants, [smoothed(few_counts, c) for c in constants], "o-", label="20 texts counted")
-ax.plot(constants, [smoothed(counts, c) for c in constants], "s--", label=f"{len(some):,} texts counted")
+ax.plot(constants, [smoothed(few_counts, c) for c in constants], "o-",
+        label="20 texts counted")
+ax.plot(constants, [smoothed(counts, c) for c in constants], "s--",
+        label=f"{len(some):,} texts counted")
 ax.set(xlabel="added to every count", ylabel="loss (nats per letter)", xscale="log")
 ax.legend()
-show(fig, "Held-out loss against the added constant: with few texts it matters, with many it hardly does, until it drowns the counts.")
+show(fig, "Held-out loss against the added constant: with few texts it matters, with "
+          "many it hardly does, until it drowns the counts.")
 
 # %% [markdown]
 # **Exercise 3.4 (10 min, ★★).** Find the best constant for 5, 20, 100 and 1,000 texts. How does it move, and what would the curves look like for triples?
@@ -367,14 +392,18 @@ V = tokenizer.vocab_size
 
 
 def token_stream(part: str, count: int) -> torch.Tensor:
-    """The first `count` texts of a part as one row of ids, each followed by the end-of-text token."""
+    """The first `count` texts of a part as one row of ids, each followed by the
+    end-of-text token.
+    """
     texts = list(islice(read_texts(data / "pretrain" / f"{part}.jsonl.gz"), count))
-    return torch.tensor([i for ids in tokenizer.encode_batch(texts) for i in [*ids, tokenizer.eos_id]])
+    return torch.tensor([i for ids in tokenizer.encode_batch(texts)
+                         for i in [*ids, tokenizer.eos_id]])
 
 
 train_ids = token_stream("train", chapter.size.train_texts)
 valid_ids = token_stream("valid", chapter.size.valid_texts)
-print(f"{len(train_ids):,} tokens to learn from, {len(valid_ids):,} held out, {byte_lengths[valid_ids].sum():,} bytes")
+print(f"{len(train_ids):,} tokens to learn from, {len(valid_ids):,} held out, "
+      f"{byte_lengths[valid_ids].sum():,} bytes")
 
 # %% [markdown]
 # Now the measure that every later chapter uses. It cuts the stream into windows, runs the model, and adds up surprise and bytes. Each token but the first is predicted exactly once, so the result does not depend on the batch size.
@@ -382,13 +411,18 @@ print(f"{len(train_ids):,} tokens to learn from, {len(valid_ids):,} held out, {b
 # %% id="language-total-nats"
 #| export
 @torch.no_grad()
-def total_nats(model: Callable, tokens: torch.Tensor, context: int, batch_size: int, amp: torch.dtype | None) -> float:
-    """Sum of -ln p over every token but the first, each from at most `context` tokens before it."""
+def total_nats(model: Callable, tokens: torch.Tensor, context: int, batch_size: int,
+               amp: torch.dtype | None) -> float:
+    """Sum of -ln p over every token but the first, each from at most `context` tokens
+    before it.
+    """
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     device = next(parameters, tokens).device
     whole = (len(tokens) - 1) // context * context
-    inputs, labels = tokens[:whole].view(-1, context), tokens[1 : whole + 1].view(-1, context)  # (N, T)
-    batches = list(zip(inputs.split(batch_size), labels.split(batch_size))) if whole else []
+    inputs, labels = tokens[:whole], tokens[1 : whole + 1]
+    inputs, labels = inputs.view(-1, context), labels.view(-1, context)  # (N, T)
+    batches = list(zip(inputs.split(batch_size),
+                       labels.split(batch_size))) if whole else []
     if whole < len(tokens) - 1:  # what is left is shorter than a window
         batches.append((tokens[None, whole:-1], tokens[None, whole + 1 :]))
     nats = 0.0
@@ -408,13 +442,17 @@ def evaluate_bits_per_byte(
     model: Callable, tokens: torch.Tensor | np.ndarray, byte_lengths: torch.Tensor,
     context: int = 256, batch_size: int = 32, amp: torch.dtype | None = None,
 ) -> float:  # fmt: skip
-    """Bits per byte of `model` on one stream of ids (1-D), read in windows of `context` tokens.
+    """Bits per byte of `model` on one stream of ids (1-D), read in windows of `context`
+    tokens.
 
-    model: any callable from ids (B, T) to logits (B, T, V); a module is in eval mode meanwhile.
+    model: any callable from ids (B, T) to logits (B, T, V); a module is in eval mode
+    meanwhile.
     """
-    tokens = torch.as_tensor(tokens if torch.is_tensor(tokens) else np.asarray(tokens, dtype=np.int64)).long()
+    tokens = torch.as_tensor(tokens if torch.is_tensor(tokens)
+                             else np.asarray(tokens, dtype=np.int64)).long()
     if len(tokens) < 2:
-        raise ValueError(f"{len(tokens)} tokens: at least two are needed, one to read and one to predict")
+        raise ValueError(f"{len(tokens)} tokens: at least two are needed, one to read "
+                         "and one to predict")
     was_training = getattr(model, "training", False)
     if was_training:
         model.eval()
@@ -443,13 +481,16 @@ print(f"{uniform:.3f} bits per byte")
 # Notice how low that is. Knowing nothing about tokens already beats 8 bits, because the tokenizer has learned which strings are common. And now letters and tokens can be compared, both by counted pairs on the same held-out text:
 
 # %% id="language-compare"
-table = torch.bincount(train_ids[:-1] * V + train_ids[1:], minlength=V * V).view(V, V).float()
+table = torch.bincount(train_ids[:-1] * V + train_ids[1:],
+                       minlength=V * V).view(V, V).float()
 table = ((table + 0.01) / (table + 0.01).sum(1, keepdim=True)).log()  # (V, V) ln p
 token_pairs = evaluate_bits_per_byte(lambda ids: table[ids], valid_ids, byte_lengths)
-nats = token_pairs * math.log(2) * byte_lengths[valid_ids[1:]].sum().item() / (len(valid_ids) - 1)
+num_bytes = byte_lengths[valid_ids[1:]].sum().item()
+nats = token_pairs * math.log(2) * num_bytes / (len(valid_ids) - 1)
 text_bytes = byte_lengths[valid_ids].sum().item()
 letter_pairs = bits_per_byte(smoothed(counts, 0.01) * (len(held) - 1), text_bytes)
-print(f"letters: {smoothed(counts, 0.01):.2f} nats per letter, {letter_pairs:.3f} bits per byte")
+print(f"letters: {smoothed(counts, 0.01):.2f} nats per letter, {letter_pairs:.3f} bits "
+      "per byte")
 print(f"tokens:  {nats:.2f} nats per token,  {token_pairs:.3f} bits per byte")
 
 # %% [markdown]
@@ -469,7 +510,9 @@ print(f"tokens:  {nats:.2f} nats per token,  {token_pairs:.3f} bits per byte")
 
 # %% id="language-runs"
 def runs(tokens: np.ndarray, n: int) -> np.ndarray:
-    """Each run of n neighbouring tokens as one number in base V; the last token is the last digit."""
+    """Each run of n neighbouring tokens as one number in base V; the last token is the
+    last digit.
+    """
     assert V**n < 2**63, "too many tokens for runs this long"
     keys = np.zeros(len(tokens) - n + 1, dtype=np.int64)
     for j in range(n):
@@ -484,7 +527,9 @@ assert runs(np.array([1, 2, 3]), 2).tolist() == [V + 2, 2 * V + 3]
 
 # %% id="language-lookup"
 def look_up(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """values[i] where keys equal known[i], 0 where they are not known; `known` is sorted."""
+    """values[i] where keys equal known[i], 0 where they are not known; `known` is
+    sorted.
+    """
     at = np.searchsorted(known, keys).clip(max=len(known) - 1)
     return np.where(known[at] == keys, values[at], 0)
 
@@ -495,17 +540,24 @@ assert look_up(np.array([5, 6]), np.array([2, 6]), np.array([7, 9])).tolist() ==
 # The formula, from the shortest context to the longest. `p` starts as 1/V, and each round is the line above with the same letters.
 
 # %% id="language-ngram"
-def ngram_probabilities(train: np.ndarray, test: np.ndarray, order: int) -> list[np.ndarray]:
-    """For each n up to `order`: the probability of each token of `test` but the first, from the n - 1 before it."""
-    test = np.concatenate([np.full(max(order - 2, 0), tokenizer.eos_id), test])  # something to look back on
+def ngram_probabilities(train: np.ndarray, test: np.ndarray,
+                        order: int) -> list[np.ndarray]:
+    """For each n up to `order`: the probability of each token of `test` but the first,
+    from the n - 1 before it.
+    """
+    # something to look back on
+    test = np.concatenate([np.full(max(order - 2, 0), tokenizer.eos_id), test])
     first = max(order - 1, 1)  # the first place that is predicted
     p, result = np.full(len(test) - first, 1 / V), []
     for n in range(1, order + 1):
         known, c_hw = np.unique(runs(train, n), return_counts=True)
-        contexts, start, T_h = np.unique(known // V, return_index=True, return_counts=True)
+        contexts, start, T_h = np.unique(known // V, return_index=True,
+                                         return_counts=True)
         c_h = np.add.reduceat(c_hw, start)
         keys = runs(test, n)[first - n + 1 :]
-        c, c_context, T = (look_up(*x) for x in ((keys, known, c_hw), (keys // V, contexts, c_h), (keys // V, contexts, T_h)))
+        c, c_context, T = (look_up(*x)
+                           for x in ((keys, known, c_hw), (keys // V, contexts, c_h),
+                                     (keys // V, contexts, T_h)))
         p = np.where(c_context > 0, (c + T * p) / np.maximum(c_context + T, 1), p)
         result.append(p)
     return result
@@ -518,7 +570,8 @@ def ngram_probabilities(train: np.ndarray, test: np.ndarray, order: int) -> list
 small, context = train_ids[:2000].numpy(), train_ids[100:102].tolist()
 known = np.unique(small)
 new = np.setdiff1d(np.arange(V), known)  # all of these get the same probability
-p_of = lambda w: ngram_probabilities(small, np.array([*context, w]), 3)[2][-1]  # noqa: E731
+# noqa: E731
+p_of = lambda w: ngram_probabilities(small, np.array([*context, w]), 3)[2][-1]
 assert abs(sum(p_of(w) for w in known) + len(new) * p_of(new[0]) - 1) < 1e-9
 
 # %% [markdown]
@@ -527,14 +580,19 @@ assert abs(sum(p_of(w) for w in known) + len(new) * p_of(new[0]) - 1) < 1e-9
 # %% id="language-orders"
 test_bytes = byte_lengths[valid_ids[1:]].sum().item()
 seen = train_ids[: len(valid_ids)].numpy()
-by_order = [bits_per_byte(-np.log(p).sum(), test_bytes) for p in ngram_probabilities(train_ids.numpy(), valid_ids.numpy(), chapter.size.order)]
-own = [bits_per_byte(-np.log(p).sum(), byte_lengths[seen[1:]].sum().item()) for p in ngram_probabilities(train_ids.numpy(), seen, chapter.size.order)]
+by_order = [bits_per_byte(-np.log(p).sum(), test_bytes)
+            for p in ngram_probabilities(train_ids.numpy(), valid_ids.numpy(),
+                                         chapter.size.order)]
+own = [bits_per_byte(-np.log(p).sum(), byte_lengths[seen[1:]].sum().item())
+       for p in ngram_probabilities(train_ids.numpy(), seen, chapter.size.order)]
 fig, ax = plt.subplots(figsize=(5.5, 2.6))
 ax.plot(range(1, len(own) + 1), by_order, "o-", label="held-out text")
 ax.plot(range(1, len(own) + 1), own, "s--", label="text that was counted")
-ax.set(xlabel="n: tokens in a run", ylabel="bits per byte", xticks=range(1, len(own) + 1))
+ax.set(xlabel="n: tokens in a run", ylabel="bits per byte",
+       xticks=range(1, len(own) + 1))
 ax.legend()
-show(fig, "Longer runs always fit the counted text better; on held-out text the gain shrinks, and may turn.")
+show(fig, "Longer runs always fit the counted text better; on held-out text the gain "
+          "shrinks, and may turn.")
 assert own == sorted(own, reverse=True)
 
 # %% [markdown]
@@ -562,7 +620,8 @@ class WindowModel(torch.nn.Module):
         super().__init__()
         self.window = window
         self.embed = torch.nn.Embedding(V, embedding)
-        torch.nn.init.normal_(self.embed.weight, std=0.1)  # small, so that training can move the vectors
+        # small, so that training can move the vectors
+        torch.nn.init.normal_(self.embed.weight, std=0.1)
         self.hidden = torch.nn.Linear(window * embedding, hidden)
         self.out = torch.nn.Linear(hidden, V)
 
@@ -577,14 +636,17 @@ class WindowModel(torch.nn.Module):
 # Does it look into the future? Change a later token: the logits before it must not move. This test will come back in chapter 4.
 
 # %% id="language-causal"
-model = WindowModel(chapter.size.window, chapter.size.embedding, chapter.size.hidden).to(chapter.device)
+model = WindowModel(chapter.size.window, chapter.size.embedding,
+                    chapter.size.hidden).to(chapter.device)
 x = train_ids[None, :12].to(chapter.device)
 changed = x.clone()
 changed[0, 8] = (changed[0, 8] + 1) % V
 before, after = model(x), model(changed)
-assert torch.equal(before[:, :8], after[:, :8]) and not torch.equal(before[:, 8:], after[:, 8:])
+assert torch.equal(before[:, :8], after[:, :8])
+assert not torch.equal(before[:, 8:], after[:, 8:])
 first = cross_entropy(model(x[:, :-1]), x[:, 1:]).item()
-print(f"{sum(w.numel() for w in model.parameters()):,} weights, first loss {first:.2f}, ln V = {math.log(V):.2f}")
+print(f"{sum(w.numel() for w in model.parameters()):,} weights, first loss "
+      f"{first:.2f}, ln V = {math.log(V):.2f}")
 
 # %% [markdown]
 # Training is the loop of section 3.3 with random stretches of text in place of the whole table. Chapter 8 makes a proper loop of it.
@@ -593,10 +655,12 @@ print(f"{sum(w.numel() for w in model.parameters()):,} weights, first loss {firs
 draw = torch.Generator().manual_seed(0)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 steps = chapter.steps(chapter.size.steps)
-schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3, total_steps=max(steps, 2), pct_start=0.1)
+schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-3,
+                                               total_steps=max(steps, 2), pct_start=0.1)
 losses = []
 for _ in range(steps):
-    at = torch.randint(len(train_ids) - 65, (chapter.size.batch, 1), generator=draw) + torch.arange(65)
+    at = torch.randint(len(train_ids) - 65, (chapter.size.batch, 1),
+                       generator=draw) + torch.arange(65)
     rows = train_ids[at].to(chapter.device)  # (B, 65)
     loss = cross_entropy(model(rows[:, :-1]), rows[:, 1:])
     optimizer.zero_grad()
@@ -612,14 +676,18 @@ for _ in range(steps):
 network = evaluate_bits_per_byte(model, valid_ids, byte_lengths, amp=chapter.amp)
 per_byte = (len(train_ids) - 1) / byte_lengths[train_ids].sum().item() / math.log(2)
 fig, ax = plt.subplots(figsize=(6.5, 2.8))
-ax.plot(range(1, steps + 1), [loss * per_byte for loss in losses], label="network, on its batches", lw=1)
+ax.plot(range(1, steps + 1), [loss * per_byte for loss in losses],
+        label="network, on its batches", lw=1)
 ax.plot(steps, network, "o", color="black", label="network, held out")
-for name, value, line in (("counted pairs", by_order[1], "--"), ("best count", baseline, ":")):
+for name, value, line in (("counted pairs", by_order[1], "--"),
+                          ("best count", baseline, ":")):
     ax.axhline(value, ls=line, color="0.3", label=name)
 ax.set(xlabel="steps", ylabel="bits per byte", ylim=(0, None))
 ax.legend()
-show(fig, "A network with a window of a few tokens passes the counted pairs early in its training.")
-chapter.curve("window model", range(1, steps + 1), [loss * per_byte for loss in losses], "steps", "bits per byte")
+show(fig, "A network with a window of a few tokens passes the counted pairs early in "
+          "its training.")
+chapter.curve("window model", range(1, steps + 1), [loss * per_byte for loss in losses],
+              "steps", "bits per byte")
 chapter.record("language_modeling/network_bits_per_byte", network)
 _ = check("language_modeling/gain_over_bigram", by_order[1] - network)
 
@@ -628,19 +696,23 @@ _ = check("language_modeling/gain_over_bigram", by_order[1] - network)
 
 # %% id="language-sizes"
 counted = len(np.unique(runs(train_ids.numpy(), chapter.size.order)))
-print(f"best count {baseline:.3f} bits per byte, {counted:,} different runs of {chapter.size.order} kept")
-print(f"network    {network:.3f} bits per byte, {sum(w.numel() for w in model.parameters()):,} weights")
+print(f"best count {baseline:.3f} bits per byte, {counted:,} different runs of "
+      f"{chapter.size.order} kept")
+print(f"network    {network:.3f} bits per byte, "
+      f"{sum(w.numel() for w in model.parameters()):,} weights")
 
 # %% [markdown]
 # All of this chapter in one picture. Each bar is what one more idea brought.
 
 # %% id="language-bars"
-bars = {"know nothing": uniform, "single tokens": by_order[0], "pairs": by_order[1], "runs, best": baseline, "network": network}
+bars = {"know nothing": uniform, "single tokens": by_order[0], "pairs": by_order[1],
+        "runs, best": baseline, "network": network}
 fig, ax = plt.subplots(figsize=(6.5, 2.4))
 drawn = ax.barh(list(bars)[::-1], list(bars.values())[::-1])
 ax.bar_label(drawn, fmt="%.2f", padding=3)
 ax.set(xlabel="bits per byte on held-out text")
-show(fig, "Bits per byte on held-out text, lower is better: from knowing nothing to the first network.")
+show(fig, "Bits per byte on held-out text, lower is better: from knowing nothing to "
+          "the first network.")
 
 # %% [markdown]
 # Did tokens that are used alike get vectors alike? Ask for the nearest neighbours of some.
@@ -650,7 +722,8 @@ vectors = F.normalize(model.embed.weight.detach(), dim=1)
 for word in (" blue", " baker", " river"):
     i = tokenizer.encode(word)[0]
     near = (vectors @ vectors[i]).topk(6).indices[1:].tolist()
-    print(f"{tokenizer.decode([i])!r:10} is near", ", ".join(repr(tokenizer.decode([j])) for j in near))
+    print(f"{tokenizer.decode([i])!r:10} is near",
+          ", ".join(repr(tokenizer.decode([j])) for j in near))
 
 # %% [markdown]
 # **Exercise 3.7 (15 min, ★★).** Try windows of 1, 2, 4, 8 and 16 at equal steps. A window of 1 is a bigram again: how close does it come to the counted one?

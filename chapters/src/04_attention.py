@@ -25,18 +25,26 @@ profile = "cpu"
 # %% id="attention-picture"
 import matplotlib.pyplot as plt
 
-words, shares = "Garus Foxhollow Kalo Elmstead Garus".split(), [0.04, 0.86, 0.02, 0.05, 0.03]
+words = "Garus Foxhollow Kalo Elmstead Garus".split()
+shares = [0.04, 0.86, 0.02, 0.05, 0.03]
 fig, ax = plt.subplots(figsize=(7, 2.3))
 for i, (word, share) in enumerate(zip(words, shares)):
-    ax.text(i, 0, word, ha="center", va="center", bbox={"boxstyle": "round,pad=0.4", "fc": "#e8f1f8", "ec": "black"})
+    ax.text(i, 0, word, ha="center", va="center",
+            bbox={"boxstyle": "round,pad=0.4", "fc": "#e8f1f8", "ec": "black"})
     if i < 4:
-        ax.annotate("", (i, 0.25), (4, 0.25), arrowprops={"arrowstyle": "->", "lw": 0.5 + 6 * share, "color": "#0072B2",
-                                                         "shrinkA": 2, "connectionstyle": "arc3,rad=0.35"})
-ax.text(4, -0.5, "query: who was\nwritten just after Garus?", ha="center", va="center", fontsize=9)
-ax.text(1, -0.5, "key: I was written after Garus\nvalue: the town Foxhollow", ha="center", va="center", fontsize=9)
+        ax.annotate("", (i, 0.25), (4, 0.25),
+                    arrowprops={"arrowstyle": "->", "lw": 0.5 + 6 * share,
+                                "color": "#0072B2",
+                                                         "shrinkA": 2,
+                                                         "connectionstyle": "arc3,rad=0.35"})
+ax.text(4, -0.5, "query: who was\nwritten just after Garus?", ha="center", va="center",
+        fontsize=9)
+ax.text(1, -0.5, "key: I was written after Garus\nvalue: the town Foxhollow",
+        ha="center", va="center", fontsize=9)
 ax.set(xlim=(-0.6, 4.8), ylim=(-0.75, 0.95))
 ax.axis("off")
-show(fig, "The last word sends out a query; the word whose key fits best, Foxhollow, gives most of the answer (thickness is the share).")
+show(fig, "The last word sends out a query; the word whose key fits best, Foxhollow, "
+          "gives most of the answer (thickness is the share).")
 
 # %% [markdown]
 # ## 4.1 A question that counting cannot answer
@@ -47,17 +55,22 @@ show(fig, "The last word sends out a query; the word whose key fits best, Foxhol
 # %% id="attention-words"
 import torch
 
-NAMES = "Garus Kalo Tilda Benna Dorin Fello Hasta Josen Lemia Marek Nilla Pelor Resta Sador Tovan Zeren".split()
-TOWNS = "Foxhollow Elmstead Millbrook Ashford Redcliff Oakham Windmere Saltport Greenfield Northgate Ravenhill Otterby Larkspur Thornton Pinedale Fernley".split()
+NAMES = ("Garus Kalo Tilda Benna Dorin Fello Hasta Josen "
+         "Lemia Marek Nilla Pelor Resta Sador Tovan Zeren").split()
+TOWNS = ("Foxhollow Elmstead Millbrook Ashford Redcliff Oakham Windmere Saltport "
+         "Greenfield Northgate Ravenhill Otterby Larkspur Thornton Pinedale Fernley").split()
 WORDS = NAMES + TOWNS
 
 def make_texts(count, generator, people=6, questions=6):
-    """Texts of pairs (name, town): all people once, then questions about them; ids (count, 2 * (people + questions))."""
+    """Texts of pairs (name, town): all people once, then questions about them; ids
+    (count, 2 * (people + questions)).
+    """
     who = torch.rand(count, 16, generator=generator).argsort(dim=1)[:, :people]
     where = torch.rand(count, 16, generator=generator).argsort(dim=1)[:, :people] + 16
     asked = torch.randint(people, (count, questions), generator=generator)
     order = torch.cat((torch.arange(people).expand(count, people), asked), dim=1)
-    return torch.stack((who.gather(1, order), where.gather(1, order)), dim=-1).flatten(1)
+    return torch.stack((who.gather(1, order), where.gather(1, order)),
+                       dim=-1).flatten(1)
 
 # %% [markdown]
 # Read one text. From the seventh name on, every town could be known.
@@ -74,11 +87,13 @@ print(" ".join(WORDS[i] for i in held_out[0][12:]))
 # %% id="attention-bigram"
 counts = torch.zeros(32, 32)
 texts = make_texts(20_000, torch.Generator().manual_seed(2))
-counts.index_put_((texts[:, :-1].flatten(), texts[:, 1:].flatten()), torch.tensor(1.0), accumulate=True)
+counts.index_put_((texts[:, :-1].flatten(), texts[:, 1:].flatten()), torch.tensor(1.0),
+                  accumulate=True)
 guesses = counts.argmax(dim=1)[held_out[:, ASKED]]
 bigram = (guesses == held_out[:, ASKED + 1]).float().mean().item()
 chapter.record("attention/copy_bigram", bigram)
-print(f"right: {bigram:.1%} (one in sixteen is {1 / 16:.1%}; one of the six towns in the text would be {1 / 6:.1%})")
+print(f"right: {bigram:.1%} (one in sixteen is {1 / 16:.1%}; one of the six towns in "
+      f"the text would be {1 / 6:.1%})")
 
 # %% [markdown]
 # It is a blind guess. The answer stands in the text, but at a place that depends on the text. We need an operation that **looks
@@ -129,8 +144,10 @@ fig, axes = plt.subplots(1, 2, figsize=(7, 2.4), sharey=False)
 axes[0].bar(range(4), scores, color="#0072B2")
 axes[0].set(xlabel="position s", ylabel="score", xticks=range(4))
 axes[1].bar(range(4), weights, color="#D55E00", hatch="//")
-axes[1].set(xlabel="position s", ylabel="share of attention", xticks=range(4), ylim=(0, 1))
-show(fig, "Scores (left) become shares (right): the softmax gives the best fitting key, at position 1, most of the attention.")
+axes[1].set(xlabel="position s", ylabel="share of attention", xticks=range(4),
+            ylim=(0, 1))
+show(fig, "Scores (left) become shares (right): the softmax gives the best fitting "
+          "key, at position 1, most of the attention.")
 
 # %% [markdown]
 # **Exercise 4.1 (10 min, ★).** Change `q` so that the row looks for a name. Predict the three largest shares before you run it. Which
@@ -146,12 +163,14 @@ generator = torch.Generator().manual_seed(0)
 widths = [4, 16, 64, 256]
 spread, largest = [], {"plain": [], "scaled": []}
 for D in widths:
-    a, b = torch.randn(2000, 1, D, generator=generator), torch.randn(2000, 16, D, generator=generator)
+    a = torch.randn(2000, 1, D, generator=generator)
+    b = torch.randn(2000, 16, D, generator=generator)
     dots = (a * b).sum(dim=-1)  # 2000 queries, 16 keys each
     spread.append(dots.std().item())
     largest["plain"].append(dots.softmax(dim=-1).amax(dim=-1).mean().item())
     largest["scaled"].append((dots / D**0.5).softmax(dim=-1).amax(dim=-1).mean().item())
-assert all(abs(s / D**0.5 - 1) < 0.05 for s, D in zip(spread, widths)), "the spread of a dot product is the root of D"
+assert all(abs(s / D**0.5 - 1) < 0.05
+           for s, D in zip(spread, widths)), "the spread of a dot product is the root of D"
 print([f"D={D}: {s:.1f}" for D, s in zip(widths, spread)])
 
 # %% [markdown]
@@ -161,10 +180,12 @@ print([f"D={D}: {s:.1f}" for D, s in zip(widths, spread)])
 fig, ax = plt.subplots(figsize=(7, 2.5))
 ax.plot(widths, largest["plain"], marker="o", label="plain dot product")
 ax.plot(widths, largest["scaled"], marker="s", label="divided by the root of D")
-ax.set(xscale="log", xticks=widths, xticklabels=widths, xlabel="width D", ylabel="largest of 16 shares", ylim=(0, 1))
+ax.set(xscale="log", xticks=widths, xticklabels=widths, xlabel="width D",
+       ylabel="largest of 16 shares", ylim=(0, 1))
 ax.minorticks_off()
 ax.legend(loc="center right")
-show(fig, "Without the root, random wide vectors already put nearly all attention on one key; with it, the shares do not depend on the width.")
+show(fig, "Without the root, random wide vectors already put nearly all attention on "
+          "one key; with it, the shares do not depend on the width.")
 
 # %% [markdown]
 # ## 4.3 All rows at once
@@ -176,7 +197,8 @@ show(fig, "Without the root, random wide vectors already put nearly all attentio
 def attention_plain(Q, K, V):
     return (Q @ K.T / Q.shape[1] ** 0.5).softmax(dim=-1) @ V
 
-Q = torch.stack((torch.zeros(2), torch.tensor([0.0, 1.0]), torch.tensor([1.0, -1.0]), q))  # the last row is ours
+Q = torch.stack((torch.zeros(2), torch.tensor([0.0, 1.0]), torch.tensor([1.0, -1.0]),
+                 q))  # the last row is ours
 assert torch.allclose(attention_plain(Q, k, v)[3], row)
 
 # %% [markdown]
@@ -206,10 +228,13 @@ from torch import nn
 
 # %% id="attention-causal-mask"
 #| export
-def causal_mask(T: int, S: int | None = None, device: torch.device | str | None = None) -> torch.Tensor:
-    """Which of S keys each of the last T positions may look at, as bool (T, S); True means "may look".
+def causal_mask(T: int, S: int | None = None,
+                device: torch.device | str | None = None) -> torch.Tensor:
+    """Which of S keys each of the last T positions may look at, as bool (T, S); True
+    means "may look".
 
-    The queries are the last T of S positions, so query i stands at position S - T + i. Without a cache S is T.
+    The queries are the last T of S positions, so query i stands at position S - T + i.
+    Without a cache S is T.
     """
     S = T if S is None else S
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
@@ -218,8 +243,10 @@ def causal_mask(T: int, S: int | None = None, device: torch.device | str | None 
 # Two small cases that you can check with your finger:
 
 # %% id="attention-causal-mask-check"
-assert causal_mask(3).tolist() == [[True, False, False], [True, True, False], [True, True, True]]
-assert causal_mask(2, 4).tolist() == [[True, True, True, False], [True, True, True, True]]
+assert causal_mask(3).tolist() == [[True, False, False], [True, True, False],
+                                   [True, True, True]]
+assert causal_mask(2, 4).tolist() == [[True, True, True, False],
+                                      [True, True, True, True]]
 
 # %% [markdown]
 # How do we forbid a look? A forbidden share must be exactly zero and the rest must still sum to one. Setting the share to
@@ -228,7 +255,8 @@ assert causal_mask(2, 4).tolist() == [[True, True, True, False], [True, True, Tr
 # %% id="attention-mask-in-scores"
 scores = (Q @ k.T / 2**0.5).masked_fill(~causal_mask(4), -math.inf)
 weights = scores.softmax(dim=-1)
-assert (weights.triu(1) == 0).all() and torch.allclose(weights.sum(dim=-1), torch.ones(4))
+assert (weights.triu(1) == 0).all() and torch.allclose(weights.sum(dim=-1),
+                                                       torch.ones(4))
 weights
 
 # %% [markdown]
@@ -236,14 +264,18 @@ weights
 
 # %% id="attention-mask-figure"
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.4))
-pictures = {"no mask": (Q @ k.T / 2**0.5).softmax(dim=-1), "causal": weights, "2 new of 6": causal_mask(2, 6).float()}
+pictures = {"no mask": (Q @ k.T / 2**0.5).softmax(dim=-1), "causal": weights,
+            "2 new of 6": causal_mask(2, 6).float()}
 for ax, (name, picture) in zip(axes, pictures.items()):
     ax.imshow(picture, vmin=0, vmax=1, cmap="Greys", aspect="equal")
-    ax.set(title=name, xlabel="key position", xticks=range(picture.shape[1]), yticks=range(len(picture)))
+    ax.set(title=name, xlabel="key position", xticks=range(picture.shape[1]),
+           yticks=range(len(picture)))
     ax.grid(False)
 axes[0].set_ylabel("query position")
 axes[2].set_yticks([0, 1], ["4", "5"])
-show(fig, "Shares from white (0) to black (1): without a mask every row looks everywhere; the causal mask clears the upper right; two new positions of six look back at all before them.")
+show(fig, "Shares from white (0) to black (1): without a mask every row looks "
+          "everywhere; the causal mask clears the upper right; two new positions of "
+          "six look back at all before them.")
 
 # %% [markdown]
 # **Exercise 4.2 (10 min, ★★).** Write `sliding_mask(T, window)`: each position sees itself and the `window - 1` before it. For which
@@ -259,7 +291,8 @@ B, T, H, D = 1, 4, 2, 3
 x = torch.arange(B * T * H * D).view(B, T, H * D)
 heads = x.unflatten(-1, (H, D)).transpose(1, 2)  # (B, H, T, D)
 print("position 0:", x[0, 0].tolist(), "\nhead 0:", heads[0, 0].tolist())
-assert torch.equal(heads.transpose(1, 2).flatten(2), x), "splitting and joining must give the same numbers back"
+assert torch.equal(heads.transpose(1, 2).flatten(2),
+                   x), "splitting and joining must give the same numbers back"
 
 # %% [markdown]
 # Look at head 0: it has the first three numbers of each position. A tempting shortcut is `x.view(B, H, T, D)`. It has the same
@@ -267,7 +300,8 @@ assert torch.equal(heads.transpose(1, 2).flatten(2), x), "splitting and joining 
 
 # %% id="attention-split-wrong"
 wrong = x.view(B, H, T, D)
-print("head 0, position 1:", wrong[0, 0, 1].tolist(), " should be", heads[0, 0, 1].tolist())
+print("head 0, position 1:", wrong[0, 0, 1].tolist(), " should be",
+      heads[0, 0, 1].tolist())
 assert not torch.equal(wrong, heads)
 
 # %% [markdown]
@@ -283,7 +317,9 @@ assert not torch.equal(wrong, heads)
 # %% id="attention-repeat-kv"
 #| export
 def repeat_kv(x: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Give every key/value head to `repeats` query heads in a row: (B, K, S, D) -> (B, K * repeats, S, D)."""
+    """Give every key/value head to `repeats` query heads in a row: (B, K, S, D) -> (B,
+    K * repeats, S, D).
+    """
     return x.repeat_interleave(repeats, dim=1)
 
 # %% [markdown]
@@ -301,18 +337,22 @@ assert repeat_kv(two, 2).flatten().tolist() == [10, 10, 20, 20]
 # %% id="attention-weights"
 #| export
 def attention_weights(
-    q: torch.Tensor, k: torch.Tensor, attention_mask: torch.Tensor | None = None, is_causal: bool = False
+    q: torch.Tensor, k: torch.Tensor, attention_mask: torch.Tensor | None = None,
+    is_causal: bool = False
 ) -> torch.Tensor:
-    """Shares of attention, (B, H, T, S); each row sums to 1. q is (B, H, T, D), k is (B, K, S, D).
+    """Shares of attention, (B, H, T, S); each row sums to 1. q is (B, H, T, D), k is
+    (B, K, S, D).
 
-    `attention_mask` is bool, True means "may look", and broadcasts to (B, H, T, S); `is_causal` adds the causal mask.
+    `attention_mask` is bool, True means "may look", and broadcasts to (B, H, T, S);
+    `is_causal` adds the causal mask.
     """
     k = repeat_kv(k, q.shape[1] // k.shape[1])  # (B, H, S, D)
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])  # (B, H, T, S)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -math.inf)
     if is_causal:
-        scores = scores.masked_fill(~causal_mask(*scores.shape[-2:], device=q.device), -math.inf)
+        scores = scores.masked_fill(~causal_mask(*scores.shape[-2:], device=q.device),
+                                    -math.inf)
     return scores.softmax(dim=-1)
 
 # %% [markdown]
@@ -327,9 +367,11 @@ def attention(
     attention_mask: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), the readable way: memory grows with T * S.
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), the
+    readable way: memory grows with T * S.
 
-    q is (B, H, T, D), k and v are (B, K, S, D); K divides H (Ainslie et al. 2023, arXiv:2305.13245). Returns (B, H, T, D).
+    q is (B, H, T, D), k and v are (B, K, S, D); K divides H (Ainslie et al. 2023,
+    arXiv:2305.13245). Returns (B, H, T, D).
     """
     weights = attention_weights(q, k, attention_mask, is_causal)
     return weights @ repeat_kv(v, q.shape[1] // v.shape[1])
@@ -338,9 +380,11 @@ def attention(
 # The hand-made row is still in it, and grouping equals full attention over repeated heads.
 
 # %% id="attention-function-check"
-assert torch.allclose(attention(Q.view(1, 1, 4, 2), k.view(1, 1, 4, 2), v.view(1, 1, 4, 2))[0, 0, 3], row)
+assert torch.allclose(attention(Q.view(1, 1, 4, 2), k.view(1, 1, 4, 2),
+                                v.view(1, 1, 4, 2))[0, 0, 3], row)
 q4, k2, v2 = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
-one_by_one = [attention(q4[:, h : h + 1], k2[:, h // 2 : h // 2 + 1], v2[:, h // 2 : h // 2 + 1]) for h in range(4)]
+one_by_one = [attention(q4[:, h : h + 1], k2[:, h // 2 : h // 2 + 1],
+                        v2[:, h // 2 : h // 2 + 1]) for h in range(4)]
 assert torch.allclose(attention(q4, k2, v2), torch.cat(one_by_one, dim=1), atol=1e-6)
 
 # %% [markdown]
@@ -352,7 +396,8 @@ assert torch.allclose(attention(q4, k2, v2), torch.cat(one_by_one, dim=1), atol=
 def grouped_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
-    """`attention` without repeated keys: the queries of one key/value head in one matrix.
+    """`attention` without repeated keys: the queries of one key/value head in one
+    matrix.
 
     q is (B, H, T, D), k and v are (B, K, S, D), `attention_mask` as in `attention`.
     A row that may look nowhere gets the mean of all values instead of NaN.
@@ -365,7 +410,8 @@ def grouped_attention(
 
 # %% id="attention-grouped-check"
 mask = causal_mask(9)
-assert torch.allclose(grouped_attention(q4, k2, v2, mask), attention(q4, k2, v2, mask), atol=1e-6)
+assert torch.allclose(grouped_attention(q4, k2, v2, mask), attention(q4, k2, v2, mask),
+                      atol=1e-6)
 
 # %% [markdown]
 # What grouping saves in memory, for a model with 32 layers and 32 heads of width 128, in bfloat16 (2 bytes per number; a key and a value each):
@@ -374,10 +420,12 @@ assert torch.allclose(grouped_attention(q4, k2, v2, mask), attention(q4, k2, v2,
 groups = [32, 8, 4, 1]
 megabytes = [2 * 2 * 32 * K * 128 * 8192 / 1e6 for K in groups]
 fig, ax = plt.subplots(figsize=(7, 2.2))
-bars = ax.barh([f"K = {K}" for K in groups], megabytes, color="#56B4E9", edgecolor="black")
+bars = ax.barh([f"K = {K}" for K in groups], megabytes, color="#56B4E9",
+               edgecolor="black")
 ax.bar_label(bars, fmt="%.0f MB", padding=3)
 ax.set(xlabel="cache of one conversation of 8,192 tokens (MB)", xlim=(0, 5200))
-show(fig, "Sharing each key/value head among four query heads (K = 8) cuts the cache of a conversation to a quarter.")
+show(fig, "Sharing each key/value head among four query heads (K = 8) cuts the cache "
+          "of a conversation to a quarter.")
 
 # %% [markdown]
 # **Exercise 4.3 (10 min, ★).** How many weights does grouping save in one layer with `hidden_size` 512, 8 heads of width 64 and 2
@@ -392,17 +440,23 @@ show(fig, "Sharing each key/value head among four query heads (K = 8) cuts the c
 # %% id="attention-projections"
 #| export
 class Projections(nn.Module):
-    """The four matrices of an attention layer; their names are Hugging Face's (Llama, Qwen3).
+    """The four matrices of an attention layer; their names are Hugging Face's (Llama,
+    Qwen3).
 
-    `norm` makes a normalisation of width D for queries and keys, applied to each head before rotation (Qwen3).
+    `norm` makes a normalisation of width D for queries and keys, applied to each head
+    before rotation (Qwen3).
     """
 
-    def __init__(self, hidden_size: int, num_attention_heads: int, num_key_value_heads: int, head_dim: int,
-                 norm: Callable[[int], nn.Module] | None = None, bias: bool = False, layer_idx: int = 0):  # fmt: skip
+    def __init__(self, hidden_size: int, num_attention_heads: int,
+                 num_key_value_heads: int, head_dim: int,
+                 norm: Callable[[int], nn.Module] | None = None, bias: bool = False,
+                 layer_idx: int = 0):
         super().__init__()
         if num_attention_heads % num_key_value_heads:
-            raise ValueError(f"num_attention_heads ({num_attention_heads}) must be a multiple of num_key_value_heads "
-                             f"({num_key_value_heads}): each key/value head serves as many query heads as the others")  # fmt: skip
+            raise ValueError(f"num_attention_heads ({num_attention_heads}) must be a "
+                             "multiple of num_key_value_heads "
+                             f"({num_key_value_heads}): each key/value head serves as "
+                             "many query heads as the others")
         self.head_dim, self.layer_idx = head_dim, layer_idx
         self.q_proj = nn.Linear(hidden_size, num_attention_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=bias)
@@ -411,10 +465,15 @@ class Projections(nn.Module):
         self.q_norm = norm(head_dim) if norm else nn.Identity()
         self.k_norm = norm(head_dim) if norm else nn.Identity()
 
-    def project(self, x: torch.Tensor, rotate: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C); `rotate` puts positions into (q, k)."""
-        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
-        q, k, v = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+    def project(self, x: torch.Tensor, rotate: Callable
+                | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C); `rotate`
+        puts positions into (q, k).
+        """
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim))
+                   for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
+        q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
+        v = v.transpose(1, 2)  # (B, heads, T, D)
         if rotate is not None:
             q, k = rotate(q, k)
         return q, k, v
@@ -429,7 +488,9 @@ LONGEST = 512  # positions up to which two matrix products beat the fused kernel
 
 
 def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether to train with `grouped_attention`: on a processor, in 16 bits, short rows."""
+    """Whether to train with `grouped_attention`: on a processor, in 16 bits, short
+    rows.
+    """
     low = torch.is_autocast_enabled("cpu") or q.dtype == torch.bfloat16
     short = 1 < q.shape[2] == k.shape[2] <= LONGEST
     return low and short and q.device.type == "cpu" and torch.is_grad_enabled()
@@ -442,27 +503,34 @@ def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
 class Attention(Projections):
     """Causal self-attention with grouped queries: (B, T, C) -> (B, T, C)."""
 
-    def forward(self, x: torch.Tensor, rotate: Callable | None = None, attention_mask: torch.Tensor | None = None,
+    def forward(self, x: torch.Tensor, rotate: Callable | None = None,
+                attention_mask: torch.Tensor | None = None,
                 kv_cache=None) -> torch.Tensor:  # fmt: skip
-        """A bool `attention_mask` (True: may look; broadcasts to (B, H, T, S)) must include causality; None means causal.
+        """A bool `attention_mask` (True: may look; broadcasts to (B, H, T, S)) must
+        include causality; None means causal.
 
-        `kv_cache` has `.update(k, v, layer_idx)`, which returns the keys and values of all positions so far.
+        `kv_cache` has `.update(k, v, layer_idx)`, which returns the keys and values of
+        all positions so far.
         """
         q, k, v = self.project(x, rotate)
         if kv_cache is not None:
             k, v = kv_cache.update(k, v, self.layer_idx)  # (B, K, S, D)
         T, S, by_matrices = q.shape[2], k.shape[2], matrices_are_faster(q, k)
         if attention_mask is None and (1 < T < S or by_matrices):
-            attention_mask = causal_mask(T, S, device=x.device)  # is_causal counts from the first key
+            # is_causal counts from the first key
+            attention_mask = causal_mask(T, S, device=x.device)
         if by_matrices:
             y = grouped_attention(q, k, v, attention_mask)
         else:
             causal = attention_mask is None and T > 1
-            y = F.scaled_dot_product_attention(q, k, v, attention_mask, is_causal=causal, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, attention_mask,
+                                               is_causal=causal, enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
     def weights(self, x: torch.Tensor, rotate: Callable | None = None) -> torch.Tensor:
-        """The causal shares of attention (B, H, T, T) that `forward` uses for x, for looking at."""
+        """The causal shares of attention (B, H, T, T) that `forward` uses for x, for
+        looking at.
+        """
         q, k, _ = self.project(x, rotate)
         return attention_weights(q, k, is_causal=True)
 
@@ -480,7 +548,8 @@ def leaks(layer, x):
     return not torch.equal(layer(x)[:, :-1], layer(changed)[:, :-1])
 
 torch.manual_seed(0)
-layer, x = Attention(64, num_attention_heads=4, num_key_value_heads=2, head_dim=16), torch.randn(2, 10, 64)
+layer, x = Attention(64, num_attention_heads=4, num_key_value_heads=2,
+                     head_dim=16), torch.randn(2, 10, 64)
 assert not leaks(layer, x)
 
 # %% [markdown]
@@ -489,7 +558,8 @@ assert not leaks(layer, x)
 # %% id="attention-causality-test-fails"
 class WrongSplit(Attention):
     def project(self, x, rotate=None):
-        return tuple(p(x).view(len(x), -1, x.shape[1], 16) for p in (self.q_proj, self.k_proj, self.v_proj))
+        return tuple(p(x).view(len(x), -1, x.shape[1], 16)
+                     for p in (self.q_proj, self.k_proj, self.v_proj))
 
 wrong_layer = WrongSplit(64, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 assert wrong_layer(x).shape == layer(x).shape and leaks(wrong_layer, x)
@@ -507,12 +577,14 @@ assert wrong_layer(x).shape == layer(x).shape and leaks(wrong_layer, x)
 def value_and_gradients(function, q, k, v, **options):
     inputs = [t.clone().requires_grad_() for t in (q, k, v)]
     y = function(*inputs, **options)
-    loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()  # a different gradient for every number
+    # a different gradient for every number
+    loss = (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum()
     return y.detach(), *torch.autograd.grad(loss, inputs)
 
-q4, k2, v2 = torch.randn(2, 4, 50, 16), torch.randn(2, 2, 50, 16), torch.randn(2, 2, 50, 16)
+q4, k2, v2 = (torch.randn(2, heads, 50, 16) for heads in (4, 2, 2))
 ours = value_and_gradients(attention, q4, k2, v2, is_causal=True)
-fused = value_and_gradients(F.scaled_dot_product_attention, q4, k2, v2, is_causal=True, enable_gqa=True)
+fused = value_and_gradients(F.scaled_dot_product_attention, q4, k2, v2, is_causal=True,
+                            enable_gqa=True)
 for name, a, b in zip(("value", "dq", "dk", "dv"), ours, fused):
     print(f"{name:6} largest difference {(a - b).abs().max():.1e}")
     assert torch.allclose(a, b, atol=2e-5)
@@ -527,7 +599,8 @@ def kept_bytes(function, *inputs):
     kept = {}
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()  # shared memory counts once
+        # shared memory counts once
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -555,10 +628,13 @@ def seconds(function, *inputs, repeats=3):
 
 # %% id="attention-measure"
 kinds = {"ours": lambda q, k, v: attention(q, k, v, is_causal=True),
-         "fused": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
-lengths, cost = list(chapter.size.lengths), {name: {"s": [], "MB": []} for name in kinds}
+         "fused": lambda q, k,
+         v: F.scaled_dot_product_attention(q, k, v, is_causal=True)}
+lengths, cost = list(chapter.size.lengths), {name: {"s": [], "MB": []}
+                                             for name in kinds}
 for T in lengths:
-    inputs = [torch.randn(1, 4, T, 32, device=chapter.device, requires_grad=True) for _ in range(3)]
+    inputs = [torch.randn(1, 4, T, 32, device=chapter.device, requires_grad=True)
+              for _ in range(3)]
     for name, function in kinds.items():
         cost[name]["s"].append(seconds(function, *inputs))
         cost[name]["MB"].append(kept_bytes(function, *inputs) / 1e6)
@@ -569,14 +645,18 @@ for T in lengths:
 # %% id="attention-cost-figure"
 fig, axes = plt.subplots(1, 2, figsize=(7, 2.9))
 for name, marker in (("ours", "o"), ("fused", "s")):
-    axes[0].plot(lengths, [1000 * s for s in cost[name]["s"]], marker=marker, label=name)
+    axes[0].plot(lengths, [1000 * s for s in cost[name]["s"]], marker=marker,
+                 label=name)
     axes[1].plot(lengths, cost[name]["MB"], marker=marker, label=name)
-for ax, label in zip(axes, ("forward and backward (ms)", "kept for the backward pass (MB)")):
+for ax, label in zip(axes,
+                     ("forward and backward (ms)", "kept for the backward pass (MB)")):
     ax.set(xscale="log", yscale="log", xlabel="positions T", ylabel=label)
     ax.set_xticks(lengths, lengths)
     ax.minorticks_off()
 axes[0].legend()
-show(fig, "Time (left) grows with the square of T for both in the end, and the fused kernel needs less of it; the memory that is kept (right) grows with the square of T for ours and only in proportion to T for the kernel.")
+show(fig, "Time (left) grows with the square of T for both in the end, and the fused "
+          "kernel needs less of it; the memory that is kept (right) grows with the "
+          "square of T for ours and only in proportion to T for the kernel.")
 
 # %% [markdown]
 # At the last doubling of $T$, the kernel keeps twice as much and ours nearly four times as much. That is exact, so it is asserted. The
@@ -586,8 +666,10 @@ show(fig, "Time (left) grows with the square of T for both in the end, and the f
 growth = {name: cost[name]["MB"][-1] / cost[name]["MB"][-2] for name in kinds}
 print({name: f"{factor:.2f} times" for name, factor in growth.items()})
 assert abs(growth["fused"] - 2) < 0.1 and growth["ours"] > 3
-faster = check("attention/fused_speedup", cost["ours"]["s"][-1] / cost["fused"]["s"][-1])
-smaller = check("attention/memory_ratio", cost["ours"]["MB"][-1] / cost["fused"]["MB"][-1])
+faster = check("attention/fused_speedup",
+               cost["ours"]["s"][-1] / cost["fused"]["s"][-1])
+smaller = check("attention/memory_ratio",
+                cost["ours"]["MB"][-1] / cost["fused"]["MB"][-1])
 
 # %% [markdown]
 # Does the operating system agree? Two fresh processes do the same forward and backward pass at one length, and report the highest memory
@@ -613,7 +695,8 @@ import sys
 T = chapter.size.process_length
 for name in kinds if sys.platform == "linux" else ():
     command = [sys.executable, "-c", PROGRAM, name, str(T)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=chapter.root)
+    done = subprocess.run(command, capture_output=True, text=True, check=True,
+                          cwd=chapter.root)
     peak = chapter.record(f"attention/peak_mb_{name}", float(done.stdout))
     print(f"{name:6} T = {T}: {peak:6.0f} MB more at the peak")
 
@@ -632,18 +715,24 @@ def fused_gqa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 def times_faster(T, dtype, heads=8, groups=2):
-    """Time of the fused kernel over the time of `grouped_attention`, forward and backward."""
-    q, k, v = (torch.randn(4, n, T, 64, dtype=dtype, requires_grad=True) for n in (heads, groups, groups))
+    """Time of the fused kernel over the time of `grouped_attention`, forward and
+    backward.
+    """
+    q, k, v = (torch.randn(4, n, T, 64, dtype=dtype, requires_grad=True)
+               for n in (heads, groups, groups))
     by_matrices = lambda q, k, v: matrices(q, k, v, causal_mask(T))
-    return seconds(fused_gqa, q, k, v, repeats=5) / seconds(by_matrices, q, k, v, repeats=5)
+    fused, ours = (seconds(f, q, k, v, repeats=5) for f in (fused_gqa, by_matrices))
+    return fused / ours
 
 # %% [markdown]
 # Only a processor that multiplies 16-bit numbers in hardware shows it; others get a sentence.
 
 # %% id="attention-short-rows-measure"
-short, number_types = [64, 128, 256, 512, 1024], {"bfloat16": torch.bfloat16, "float32": torch.float32}
+short, number_types = [64, 128, 256, 512, 1024], {"bfloat16": torch.bfloat16,
+                                                  "float32": torch.float32}
 measurable = chapter.amp is torch.bfloat16 and chapter.device.type == "cpu"
-faster_by = {name: [times_faster(T, kind) for T in short] for name, kind in number_types.items() if measurable}
+faster_by = {name: [times_faster(T, kind) for T in short]
+             for name, kind in number_types.items() if measurable}
 for name, ratios in faster_by.items():
     print(f"{name:9}", "  ".join(f"T = {T}: {x:.2f}" for T, x in zip(short, ratios)))
 if measurable:
@@ -661,7 +750,9 @@ ax.set_xticks(short, short)
 ax.minorticks_off()
 if faster_by:
     ax.legend()
-show(fig, "Above the line two matrix products are faster than the fused kernel: on a processor that is so in 16-bit numbers and short rows, and not in float32 or at 1,024 positions.")
+show(fig, "Above the line two matrix products are faster than the fused kernel: on a "
+          "processor that is so in 16-bit numbers and short rows, and not in float32 "
+          "or at 1,024 positions.")
 
 # %% [markdown]
 # The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `LONGEST`
@@ -700,7 +791,8 @@ class Copier(nn.Module):
 def copied(model, attention_mask=None):
     """Share of asked towns named correctly on held-out texts."""
     with torch.no_grad():
-        best = model(held_out.to(chapter.device), attention_mask)[:, ASKED].argmax(dim=-1).cpu()
+        best = model(held_out.to(chapter.device),
+                     attention_mask)[:, ASKED].argmax(dim=-1).cpu()
     return (best == held_out[:, ASKED + 1]).float().mean().item()
 
 # %% [markdown]
@@ -712,13 +804,17 @@ def train_copier(layers, steps, attention_mask=None, seed=0):
     torch.manual_seed(seed)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    generator, model, history = torch.Generator().manual_seed(seed), Copier(layers).to(chapter.device), []
+    generator, history = torch.Generator().manual_seed(seed), []
+    model = Copier(layers).to(chapter.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(steps):
-        for group in optimizer.param_groups:  # a short warm-up, and down to zero at the end (chapter 8)
-            group["lr"] = 5e-3 * min(1, (step + 1) / 20, (steps - step) / (0.25 * steps))
+        # a short warm-up, and down to zero at the end (chapter 8)
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-3 * min(1, (step + 1) / 20,
+                                     (steps - step) / (0.25 * steps))
         ids = make_texts(64, generator).to(chapter.device)
-        loss = F.cross_entropy(model(ids, attention_mask)[:, ASKED].flatten(0, 1), ids[:, ASKED + 1].flatten())
+        loss = F.cross_entropy(model(ids, attention_mask)[:, ASKED].flatten(0, 1),
+                               ids[:, ASKED + 1].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -743,10 +839,13 @@ for name, model in (("one_layer", one_layer), ("two_layers", copier)):
 fig, ax = plt.subplots(figsize=(7, 2.8))
 ax.plot(curve_one, label="one layer", color="#D55E00", ls="--", lw=1.2)
 ax.plot(curve_two, label="two layers", color="#0072B2", ls="-", lw=1.2)
-ax.axhline(math.log(6), color="black", ls=":", lw=1, label="guessing among the six towns, ln 6")
+ax.axhline(math.log(6), color="black", ls=":", lw=1,
+           label="guessing among the six towns, ln 6")
 ax.set(xlabel="step (64 texts each)", ylabel="loss (nats per town)", ylim=(0, 3.6))
 ax.legend()
-show(fig, "Both models soon guess among the six towns of the text; then the model with two layers discovers copying and its loss drops to zero, while one layer stays at the guess.")
+show(fig, "Both models soon guess among the six towns of the text; then the model with "
+          "two layers discovers copying and its loss drops to zero, while one layer "
+          "stays at the guess.")
 
 # %% [markdown]
 # One layer cannot do it. The key of Foxhollow is made from the vectors of Foxhollow and its place: nothing in it says *Garus*. Two layers
@@ -779,18 +878,23 @@ assert torch.allclose(maps.sum(dim=-1), torch.ones(maps.shape[:3]), atol=1e-5)
 
 # %% id="attention-head-scores"
 towns = torch.arange(1, 12, 2)  # the introductions
-answer = torch.stack([(text[:12] == text[a + 1]).nonzero()[0, 0] for a in ASKED])  # where the right town stands
+# where the right town stands
+answer = torch.stack([(text[:12] == text[a + 1]).nonzero()[0, 0] for a in ASKED])
 previous = maps[:, :, towns, towns - 1].mean(dim=-1)
 induction = maps[:, :, ASKED, answer].mean(dim=-1)
 
 # %% id="attention-head-scores-figure"
 fig, ax = plt.subplots(figsize=(7, 2.5))
 names = [f"layer {l}\nhead {h}" for l in range(2) for h in range(4)]
-ax.bar([i - 0.2 for i in range(8)], previous.flatten(), width=0.4, color="#56B4E9", edgecolor="black", label="previous: town to its name")
-ax.bar([i + 0.2 for i in range(8)], induction.flatten(), width=0.4, color="#D55E00", edgecolor="black", hatch="//", label="induction: asked name to the right town")
-ax.set(xticks=range(8), xticklabels=names, ylabel="share of attention", ylim=(0, 1.3), yticks=(0, 0.5, 1))
+ax.bar([i - 0.2 for i in range(8)], previous.flatten(), width=0.4, color="#56B4E9",
+       edgecolor="black", label="previous: town to its name")
+ax.bar([i + 0.2 for i in range(8)], induction.flatten(), width=0.4, color="#D55E00",
+       edgecolor="black", hatch="//", label="induction: asked name to the right town")
+ax.set(xticks=range(8), xticklabels=names, ylabel="share of attention", ylim=(0, 1.3),
+       yticks=(0, 0.5, 1))
 ax.legend(ncols=2, loc="upper center")
-show(fig, "The work is divided: heads of layer 0 look from each town to the name before it, heads of layer 1 look from an asked name to the right town.")
+show(fig, "The work is divided: heads of layer 0 look from each town to the name "
+          "before it, heads of layer 1 look from an asked name to the right town.")
 
 # %% [markdown]
 # The numbers as metrics: the best head of each kind, in the layer where the story puts it.
@@ -805,7 +909,8 @@ for name, scores in (("previous", previous[0]), ("induction", induction[1])):
 # %% id="attention-map-draw"
 def draw_map(ax, layer, head):
     ax.imshow(maps[layer, head], vmin=0, vmax=1, cmap="Greys")
-    ax.set(title=f"layer {layer}, head {head}", xticks=range(24), yticks=range(24), xlabel="looks at")
+    ax.set(title=f"layer {layer}, head {head}", xticks=range(24), yticks=range(24),
+           xlabel="looks at")
     ax.set_xticklabels([WORDS[i] for i in text], rotation=90, fontsize=7)
     ax.set_yticklabels([WORDS[i] for i in text], fontsize=7)
     ax.grid(False)
@@ -815,8 +920,11 @@ best = [(0, previous[0].argmax().item()), (1, induction[1].argmax().item())]
 fig, axes = plt.subplots(1, 2, figsize=(8.4, 4.4))
 for ax, (layer_number, head) in zip(axes, best):
     draw_map(ax, layer_number, head)
-axes[1].scatter(answer, ASKED, s=60, facecolors="none", edgecolors="#D55E00", linewidths=1.5)
-show(fig, "The best head of each layer on one text: on the left, towns look one word back; on the right, each asked name looks at the town that was introduced with it (circles).")
+axes[1].scatter(answer, ASKED, s=60, facecolors="none", edgecolors="#D55E00",
+                linewidths=1.5)
+show(fig, "The best head of each layer on one text: on the left, towns look one word "
+          "back; on the right, each asked name looks at the town that was introduced "
+          "with it (circles).")
 
 # %% [markdown]
 # Choose a layer and a head yourself. (On a page without a kernel you see only the figure above.)
@@ -829,7 +937,8 @@ def look(layer, head):
 
 try:
     from ipywidgets import IntSlider, interact
-    interact(look, layer=IntSlider(value=1, min=0, max=1), head=IntSlider(value=best[1][1], min=0, max=3))
+    interact(look, layer=IntSlider(value=1, min=0, max=1),
+             head=IntSlider(value=best[1][1], min=0, max=3))
 except ImportError:
     print("pip install ipywidgets shows two sliders here")
 
@@ -846,7 +955,8 @@ except ImportError:
 
 # %% id="attention-leak-train"
 everything = torch.ones(24, 24, dtype=torch.bool, device=chapter.device)
-leaky, curve_leaky = train_copier(2, chapter.steps(chapter.size.leak_steps), attention_mask=everything)
+leaky, curve_leaky = train_copier(2, chapter.steps(chapter.size.leak_steps),
+                                  attention_mask=everything)
 in_view = copied(leaky, everything)
 
 # %% [markdown]
@@ -855,17 +965,19 @@ in_view = copied(leaky, everything)
 
 # %% id="attention-leak-write"
 def copied_writing(model, attention_mask=None):
-    """As `copied`, but each answer is asked for with the text cut off after the name."""
+    """As `copied`, but the text is cut off after each name that is asked for."""
     right = []
     for a in ASKED.tolist():
         mask = None if attention_mask is None else attention_mask[: a + 1, : a + 1]
         with torch.no_grad():
-            best = model(held_out[:, : a + 1].to(chapter.device), mask)[:, -1].argmax(dim=-1).cpu()
+            best = model(held_out[:, : a + 1].to(chapter.device),
+                         mask)[:, -1].argmax(dim=-1).cpu()
         right.append((best == held_out[:, a + 1]).float().mean().item())
     return sum(right) / len(right)
 
 writing = copied_writing(leaky, everything)
-print(f"the future in view: {in_view:.0%} right; when writing: {writing:.0%}. With the causal mask: {copied(copier):.0%} and {copied_writing(copier):.0%}")
+print(f"the future in view: {in_view:.0%} right; when writing: {writing:.0%}. With the "
+      f"causal mask: {copied(copier):.0%} and {copied_writing(copier):.0%}")
 
 # %% id="attention-leak-figure"
 fig, axes = plt.subplots(1, 2, figsize=(7, 2.7), width_ratios=(1.6, 1))
@@ -873,10 +985,13 @@ axes[0].plot(curve_two, label="causal mask", color="#0072B2", ls="-", lw=1.2)
 axes[0].plot(curve_leaky, label="no mask", color="#D55E00", ls="--", lw=1.2)
 axes[0].set(xlabel="step", ylabel="training loss (nats)", xlim=(0, 250), ylim=(0, 3.6))
 axes[0].legend()
-bars = axes[1].bar(["causal", "no mask"], [copied_writing(copier), writing], color=["#0072B2", "#D55E00"], edgecolor="black")
+bars = axes[1].bar(["causal", "no mask"], [copied_writing(copier), writing],
+                   color=["#0072B2", "#D55E00"], edgecolor="black")
 axes[1].bar_label(bars, fmt="{:.0%}")
 axes[1].set(ylabel="right when writing", ylim=(0, 1.15))
-show(fig, "Without a mask the training loss falls sooner and looks better (left), but the model has only learned to read the answer, and fails when it must write (right).")
+show(fig, "Without a mask the training loss falls sooner and looks better (left), but "
+          "the model has only learned to read the answer, and fails when it must write "
+          "(right).")
 
 # %% id="attention-leak-check"
 for name, share in (("in_view", in_view), ("writing", writing)):
@@ -892,7 +1007,8 @@ for name, share in (("in_view", in_view), ("writing", writing)):
 
 # %% id="attention-off-by-one"
 off_by_one = torch.ones(10, 10, dtype=torch.bool).tril(1)
-assert leaks(lambda x: layer(x, attention_mask=off_by_one), x), "the causality test must find a mask that is off by one"
+assert leaks(lambda x: layer(x, attention_mask=off_by_one),
+             x), "the causality test must find a mask that is off by one"
 
 # %% [markdown]
 # **A row without any key.** `tril(-1)` hides the first position from everything. A softmax over nothing is NaN, and one NaN spreads to every weight at the next step.
@@ -909,10 +1025,12 @@ assert nothing[0, 0, 0].isnan().all()
 # only key 0 instead of keys 0 to 4. That is why the layer builds `causal_mask(T, S)` itself. With the identity matrix as values, the output shows the shares.
 
 # %% id="attention-top-left"
-q2, k6, identity = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 6, 8), torch.eye(6)[None, None]
+q2, k6 = torch.randn(1, 1, 2, 8), torch.randn(1, 1, 6, 8)
+identity = torch.eye(6)[None, None]
 by_torch = F.scaled_dot_product_attention(q2, k6, identity, is_causal=True)[0, 0, 0]
 by_us = attention(q2, k6, identity, attention_mask=causal_mask(2, 6))[0, 0, 0]
-print("keys seen by the first new query: torch", (by_torch > 0).sum().item(), "ours", (by_us > 0).sum().item())
+print("keys seen by the first new query: torch", (by_torch > 0).sum().item(), "ours",
+      (by_us > 0).sum().item())
 assert (by_torch > 0).sum() == 1 and (by_us > 0).sum() == 5
 
 # %% [markdown]
@@ -925,7 +1043,8 @@ assert (by_torch > 0).sum() == 1 and (by_us > 0).sum() == 5
 # %% id="attention-order"
 shuffle = torch.randperm(10)
 full = torch.ones(10, 10, dtype=torch.bool)
-assert torch.allclose(layer(x, attention_mask=full)[:, shuffle], layer(x[:, shuffle], attention_mask=full), atol=1e-6)
+assert torch.allclose(layer(x, attention_mask=full)[:, shuffle],
+                      layer(x[:, shuffle], attention_mask=full), atol=1e-6)
 
 # %% [markdown]
 # `Copier` has a table with a vector for each place. It has 24 rows, and a 25th place does not exist. Nothing in the table says that places 3 and 4 are

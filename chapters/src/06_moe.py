@@ -39,23 +39,28 @@ import matplotlib.pyplot as plt
 
 
 def box(ax, x, y, text, picked=True):
-    style = dict(boxstyle="round", fc="#dce9f7" if picked else "white", ec="black", ls="-" if picked else ":")
-    ax.text(x, y, text, ha="center", va="center", bbox=style, color="black" if picked else "grey", size=10)
+    style = dict(boxstyle="round", fc="#dce9f7" if picked else "white", ec="black",
+                 ls="-" if picked else ":")
+    ax.text(x, y, text, ha="center", va="center", bbox=style,
+            color="black" if picked else "grey", size=10)
 
 
 fig, ax = plt.subplots(figsize=(7, 2.6))
-for x, y, text in ((0.4, 1.5, "token\nvector x"), (2.3, 1.5, "router\nsoftmax(W x)"), (8.6, 1.5, "y = 0.7 · expert 2(x)")):
+for x, y, text in ((0.4, 1.5, "token\nvector x"), (2.3, 1.5, "router\nsoftmax(W x)"),
+                   (8.6, 1.5, "y = 0.7 · expert 2(x)")):
     box(ax, x, y, text)
 for i, share in enumerate((0.1, 0.7, 0.05, 0.15)):
     picked = i == 1
     box(ax, 5.4, 3 - i, f"expert {i + 1}   p = {share}", picked)
-    arrow = dict(arrowstyle="->", ls="-" if picked else ":", lw=2 if picked else 1, color="black" if picked else "grey")
+    arrow = dict(arrowstyle="->", ls="-" if picked else ":", lw=2 if picked else 1,
+                 color="black" if picked else "grey")
     ax.annotate("", (4.3, 3 - i), (3.15, 1.5), arrowprops=arrow)
 ax.annotate("", (1.4, 1.5), (1.05, 1.5), arrowprops=dict(arrowstyle="->", lw=2))
 ax.annotate("", (7.2, 1.6), (6.5, 2), arrowprops=dict(arrowstyle="->", lw=2))
 ax.set(xlim=(-0.5, 10), ylim=(-0.5, 3.5))
 ax.axis("off")
-show(fig, "Four experts, one used: the router gives each expert a probability, the likeliest computes, and its output is scaled by that probability.")
+show(fig, "Four experts, one used: the router gives each expert a probability, the "
+          "likeliest computes, and its output is scaled by that probability.")
 
 # %% [markdown]
 # ## What attention cannot do
@@ -68,7 +73,8 @@ pairs = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]])
 same = pairs[:, :1] * pairs[:, 1:]  # (4, 1): the product of the two facts
 linear = torch.linalg.lstsq(pairs, same).solution  # the best linear map
 answers = (pairs @ linear).flatten()
-print("best linear answers:", answers.round(decimals=3).abs().tolist(), " wanted:", same.flatten().tolist())
+print("best linear answers:", answers.round(decimals=3).abs().tolist(), " wanted:",
+      same.flatten().tolist())
 assert torch.allclose(answers, torch.zeros(4), atol=1e-6)
 
 # %% [markdown]
@@ -87,7 +93,8 @@ ax.plot(z, F.silu(z), label="silu(z) = z · σ(z)")
 ax.plot(z, F.relu(z), label="relu(z) = max(z, 0)")
 ax.set(xlabel="z", ylabel="output")
 ax.legend()
-show(fig, "SiLU follows ReLU far from zero and is smooth in between, with a dip to -0.28 near z = -1.3.")
+show(fig, "SiLU follows ReLU far from zero and is smooth in between, with a dip to "
+          "-0.28 near z = -1.3.")
 
 # %% [markdown]
 # Now the layer, for a vector $x$ of width C and three matrices (Shazeer 2020):
@@ -149,7 +156,8 @@ feed_forward = 3 * C * I
 attention = 2 * C * 4 * 40 + 2 * C * 2 * 40
 assert feed_forward == sum(p.numel() for p in SwiGLU(C, I).parameters())
 share = feed_forward / (feed_forward + attention)
-print(f"feed-forward {feed_forward:,} and attention {attention:,}: {share:.0%} of a layer is feed-forward")
+print(f"feed-forward {feed_forward:,} and attention {attention:,}: {share:.0%} of a "
+      "layer is feed-forward")
 
 # %% [markdown]
 # **Exercise 6.2 (5 min, ★).** The plain layer of 2017 has two matrices, C × 4C and 4C × C. Which I gives SwiGLU the same number of parameters?
@@ -163,7 +171,8 @@ print(f"feed-forward {feed_forward:,} and attention {attention:,}: {share:.0%} o
 # %% id="moe-total-and-active"
 for E, k in ((1, 1), (4, 1), (8, 2), (128, 8)):
     total, active = E * feed_forward, k * feed_forward
-    print(f"{E:3} experts, {k} used: {total:>12,} parameters stored, {active:>9,} used for a token ({active / total:.0%})")
+    print(f"{E:3} experts, {k} used: {total:>12,} parameters stored, {active:>9,} used "
+          f"for a token ({active / total:.0%})")
 
 # %% [markdown]
 # What it costs: all experts must lie in memory, and someone must decide which expert gets which token.
@@ -192,7 +201,8 @@ ax.scatter(range(6), chosen, marker="*", s=120, color="#D55E00")
 ax.set(xlabel="token", ylabel="expert", yticks=range(4))
 ax.grid(False)
 fig.colorbar(image, label="probability")
-show(fig, "Probability of each expert for six tokens; the star marks the expert that top-1 routing takes. The load is uneven already.")
+show(fig, "Probability of each expert for six tokens; the star marks the expert that "
+          "top-1 routing takes. The load is uneven already.")
 
 # %% [markdown]
 # The winner's output is multiplied by its probability. This is not decoration: choosing is a step function without a gradient, so the
@@ -202,8 +212,10 @@ show(fig, "Probability of each expert for six tokens; the star marks the expert 
 
 # %% id="moe-route"
 #| export
-def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool = True) -> tuple[Tensor, Tensor]:
-    """Choose experts: router_logits (N, E) -> weights (N, top_k), chosen experts (N, top_k).
+def route(router_logits: Tensor, top_k: int,
+          norm_topk_prob: bool = True) -> tuple[Tensor, Tensor]:
+    """Choose experts: router_logits (N, E) -> weights (N, top_k), chosen experts (N,
+    top_k).
 
     The softmax runs in float32. With norm_topk_prob the weights of a token sum to 1.
     """
@@ -218,7 +230,8 @@ def route(router_logits: Tensor, top_k: int, norm_topk_prob: bool = True) -> tup
 
 # %% id="moe-route-check"
 weights, top = route(router_logits, 1, norm_topk_prob=False)
-assert top.flatten().equal(chosen) and torch.allclose(weights[:, 0], probs.max(-1).values)
+assert top.flatten().equal(chosen) and torch.allclose(weights[:, 0],
+                                                      probs.max(-1).values)
 weights, top = route(router_logits, 2)
 assert torch.allclose(weights.sum(-1), torch.ones(6))
 print(top.tolist())
@@ -234,7 +247,8 @@ print(top.tolist())
 # %% id="moe-dense-reference"
 def moe_dense(experts, tokens, weights, chosen):
     """Every expert on every token; (N, C) -> (N, C)."""
-    full = torch.zeros(len(tokens), len(experts)).scatter(1, chosen, weights)  # (N, E): zero where not chosen
+    full = torch.zeros(len(tokens), len(experts))  # (N, E): zero where not chosen
+    full = full.scatter(1, chosen, weights)
     outputs = torch.stack([expert(tokens) for expert in experts], dim=1)  # (N, E, C)
     return (full.unsqueeze(-1) * outputs).sum(1)
 
@@ -266,14 +280,17 @@ assert chosen[order].tolist() == sorted(chosen.tolist()) and sum(load) == 6
 set_seed(1)
 many = torch.randint(0, 4, (40,))
 fig, axes = plt.subplots(2, 1, figsize=(7, 1.9), sharex=True)
-for ax, row, title in zip(axes, (many, many.sort().values), ("as the text comes", "sorted by expert")):
+for ax, row, title in zip(axes, (many, many.sort().values),
+                          ("as the text comes", "sorted by expert")):
     ax.imshow(row[None], aspect="auto", cmap="cividis", vmin=0, vmax=3)
     for i, e in enumerate(row.tolist()):
-        ax.text(i, 0, e, ha="center", va="center", size=7, color="white" if e < 2 else "black")
+        ax.text(i, 0, e, ha="center", va="center", size=7,
+                color="white" if e < 2 else "black")
     ax.set(yticks=[], title=title)
     ax.grid(False)
 axes[1].set_xlabel("row")
-show(fig, "Forty tokens with the number of their expert: sorted, each expert has one block of rows and runs once.")
+show(fig, "Forty tokens with the number of their expert: sorted, each expert has one "
+          "block of rows and runs once.")
 
 # %% [markdown]
 # With k experts for a token there are N · k **visits**. Visit number j belongs to token j // k, so dividing the sorted visit numbers by k gives
@@ -281,8 +298,10 @@ show(fig, "Forty tokens with the number of their expert: sorted, each expert has
 
 # %% id="moe-dispatch"
 #| export
-def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-    """Run each expert once on the tokens that chose it; tokens (N, C), weights and chosen (N, k) -> (N, C).
+def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor,
+             chosen: Tensor) -> Tensor:
+    """Run each expert once on the tokens that chose it; tokens (N, C), weights and
+    chosen (N, k) -> (N, C).
 
     The N * k visits are sorted by expert, so that the rows of an expert are one slice.
     """
@@ -290,7 +309,8 @@ def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor, chos
     order = visits.argsort(stable=True)
     token_of = order // chosen.size(1)  # the token behind each sorted visit
     load = visits.bincount(minlength=len(experts)).tolist()
-    slices = tokens.index_select(0, token_of).split(load)  # one (load, C) for each expert
+    # one (load, C) for each expert
+    slices = tokens.index_select(0, token_of).split(load)
     y = torch.cat([expert(part) for expert, part in zip(experts, slices, strict=True)])
     y = y * weights.flatten().index_select(0, order).unsqueeze(-1)  # (N * k, C)
     return torch.zeros_like(tokens).index_add(0, token_of, y.to(tokens.dtype))
@@ -301,10 +321,12 @@ def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor, chos
 # %% id="moe-class"
 #| export
 class MoE(nn.Module):
-    """A feed-forward layer of num_experts SwiGLUs of which each token uses num_experts_per_tok; (..., C) -> (..., C).
+    """A feed-forward layer of num_experts SwiGLUs of which each token uses
+    num_experts_per_tok; (..., C) -> (..., C).
 
-    After a forward pass router_logits (N, num_experts) holds the scores of its N tokens. Parameter names are those of
-    Hugging Face's Qwen3-MoE files. Shazeer et al. 2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961.
+    After a forward pass router_logits (N, num_experts) holds the scores of its N
+    tokens. Parameter names are those of Hugging Face's Qwen3-MoE files. Shazeer et al.
+    2017, arXiv:1701.06538; Fedus et al. 2021, arXiv:2101.03961.
     """
 
     def __init__(
@@ -317,17 +339,20 @@ class MoE(nn.Module):
     ):
         super().__init__()
         if not 1 <= num_experts_per_tok <= num_experts:
-            raise ValueError(f"num_experts_per_tok is {num_experts_per_tok}: it must be 1 to num_experts = {num_experts}")
+            raise ValueError(f"num_experts_per_tok is {num_experts_per_tok}: it must "
+                             f"be 1 to num_experts = {num_experts}")
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
         self.gate = nn.Linear(hidden_size, num_experts, bias=False)
-        self.experts = nn.ModuleList(SwiGLU(hidden_size, moe_intermediate_size) for _ in range(num_experts))
+        self.experts = nn.ModuleList(SwiGLU(hidden_size, moe_intermediate_size)
+                                     for _ in range(num_experts))
         self.router_logits: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)  # (N, C)
         self.router_logits = self.gate(tokens)  # (N, E)
-        weights, chosen = route(self.router_logits, self.num_experts_per_tok, self.norm_topk_prob)
+        weights, chosen = route(self.router_logits, self.num_experts_per_tok,
+                                self.norm_topk_prob)
         return dispatch(self.experts, tokens, weights.to(x.dtype), chosen).view_as(x)
 
     def __getstate__(self) -> dict:
@@ -345,7 +370,9 @@ weights, chosen = route(moe.gate(tokens), 2)
 results = []
 for version in (moe_dense, moe_token_loop, dispatch):
     y = version(moe.experts, tokens, weights, chosen)
-    results.append([y.detach(), *torch.autograd.grad(y.pow(2).sum(), list(moe.parameters()), retain_graph=True)])
+    results.append([y.detach(),
+                    *torch.autograd.grad(y.pow(2).sum(), list(moe.parameters()),
+                                         retain_graph=True)])
 for reference, loop, ours in zip(*results):
     torch.testing.assert_close(loop, reference, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
@@ -378,11 +405,13 @@ tokens = torch.randn(chapter.size.timing_tokens, 160)
 with torch.no_grad():
     weights, chosen = route(timed.gate(tokens), 1, False)
     versions = {"token loop": moe_token_loop, "dense": moe_dense, "sorted": dispatch}
-    cost = {name: milliseconds(lambda: f(timed.experts, tokens, weights, chosen)) for name, f in versions.items()}
+    cost = {name: milliseconds(lambda: f(timed.experts, tokens, weights, chosen))
+            for name, f in versions.items()}
     cost["one expert\n(no routing)"] = milliseconds(lambda: timed.experts[0](tokens))
 check("experts/sorted_over_token_loop", cost["token loop"] / cost["sorted"])
 check("experts/sorted_over_dense", cost["dense"] / cost["sorted"])
-print("milliseconds:", {name.split("\n")[0]: round(value, 1) for name, value in cost.items()})
+print("milliseconds:", {name.split("\n")[0]: round(value, 1)
+                        for name, value in cost.items()})
 
 # %% [markdown]
 # The dense version computes eight times too much, the token loop pays for each call. Sorting pays for neither:
@@ -390,9 +419,11 @@ print("milliseconds:", {name.split("\n")[0]: round(value, 1) for name, value in 
 # %% id="moe-speed-picture"
 fig, ax = plt.subplots(figsize=(6, 2.3))
 ax.barh(list(cost), list(cost.values()), color="#0072B2")
-ax.set(xlabel=f"milliseconds for {chapter.size.timing_tokens:,} tokens (logarithmic)", xscale="log")
+count = chapter.size.timing_tokens
+ax.set(xlabel=f"milliseconds for {count:,} tokens (logarithmic)", xscale="log")
 ax.invert_yaxis()
-show(fig, "Time of the three dispatches, 8 experts and top-1: sorting costs little more than one expert on all tokens.")
+show(fig, "Time of the three dispatches, 8 experts and top-1: sorting costs little "
+          "more than one expert on all tokens.")
 
 # %% [markdown]
 # ## Same as Hugging Face
@@ -407,15 +438,18 @@ if importlib.util.find_spec("transformers"):
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock, load_balancing_loss_func
 
-    sizes = dict(hidden_size=32, moe_intermediate_size=48, num_experts=4, num_experts_per_tok=2)
+    sizes = dict(hidden_size=32, moe_intermediate_size=48, num_experts=4,
+                 num_experts_per_tok=2)
     config = Qwen3MoeConfig(**sizes, norm_topk_prob=True)
     config._experts_implementation = "eager"  # their plain version, experts one by one
     theirs = Qwen3MoeSparseMoeBlock(config)
     with torch.no_grad():
         theirs.gate.weight.copy_(moe.gate.weight)
-        gate_up = [torch.cat([e.gate_proj.weight, e.up_proj.weight]) for e in moe.experts]
+        gate_up = [torch.cat([e.gate_proj.weight, e.up_proj.weight])
+                   for e in moe.experts]
         theirs.experts.gate_up_proj.copy_(torch.stack(gate_up))  # (E, 2 I, C)
-        theirs.experts.down_proj.copy_(torch.stack([e.down_proj.weight for e in moe.experts]))
+        theirs.experts.down_proj.copy_(torch.stack([e.down_proj.weight
+                                                    for e in moe.experts]))
 else:
     theirs = None
     print("transformers is not installed: this comparison is left out")
@@ -447,7 +481,8 @@ if theirs is not None:
 # %% id="moe-balance-by-hand"
 even = torch.full((4,), 0.25)
 one = torch.tensor([1.0, 0, 0, 0])
-print("all even:", (4 * (even * even).sum()).item(), "  one expert takes all:", (4 * (one * one).sum()).item())
+print("all even:", (4 * (even * even).sum()).item(), "  one expert takes all:",
+      (4 * (one * one).sum()).item())
 
 # %% [markdown]
 # Between them the loss climbs from 1 to E. As a function of a tensor of logits, or of one for each layer:
@@ -460,10 +495,12 @@ def load_balancing_loss(
     top_k: int,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """E * sum over experts of (share of visits) * (mean probability); top_k when perfectly even.
+    """E * sum over experts of (share of visits) * (mean probability); top_k when
+    perfectly even.
 
-    router_logits is one (N, E) tensor or one for each layer; all layers are pooled, as Hugging
-    Face does. attention_mask (B, T), 1 = real, leaves padding out. Fedus et al. 2021, equations 4-6.
+    router_logits is one (N, E) tensor or one for each layer; all layers are pooled, as
+    Hugging Face does. attention_mask (B, T), 1 = real, leaves padding out. Fedus et al.
+    2021, equations 4-6.
     """
     layers = [router_logits] if isinstance(router_logits, Tensor) else list(router_logits)
     logits = torch.cat(layers)  # (L * N, E)
@@ -472,7 +509,8 @@ def load_balancing_loss(
     real = torch.ones_like(probs[:, 0])
     if attention_mask is not None:
         real = attention_mask.flatten().to(probs.dtype).repeat(len(layers))
-    visits = torch.zeros_like(probs[0]).index_add(0, chosen.flatten(), real.repeat_interleave(top_k))
+    visits = torch.zeros_like(probs[0]).index_add(0, chosen.flatten(),
+                                                  real.repeat_interleave(top_k))
     return num_experts * ((visits / real.sum()) * (real @ probs / real.sum())).sum()
 
 # %% [markdown]
@@ -485,7 +523,8 @@ assert abs(load_balancing_loss(random_logits, 4, 1) - 1) < 0.01
 assert abs(load_balancing_loss(lopsided, 4, 1) - 4) < 0.01
 if theirs is not None:
     layers = (torch.randn(50, 4), torch.randn(50, 4))
-    torch.testing.assert_close(load_balancing_loss(layers, 4, 2), load_balancing_loss_func(layers, 4, 2))
+    torch.testing.assert_close(load_balancing_loss(layers, 4, 2),
+                               load_balancing_loss_func(layers, 4, 2))
 
 # %% [markdown]
 # How it rises in between, when one expert is favoured more and more:
@@ -493,13 +532,16 @@ if theirs is not None:
 # %% id="moe-balance-picture"
 pushes = torch.linspace(0, 8, 40)
 favour = torch.tensor([1.0, 0, 0, 0])
-values = [load_balancing_loss(random_logits + push * favour, 4, 1).item() for push in pushes]
-shares = [(random_logits + push * favour).argmax(-1).eq(0).float().mean().item() for push in pushes]
+values = [load_balancing_loss(random_logits + push * favour, 4, 1).item()
+          for push in pushes]
+shares = [(random_logits + push * favour).argmax(-1).eq(0).float().mean().item()
+          for push in pushes]
 fig, ax = plt.subplots(figsize=(5, 2.6))
 ax.plot(shares, values)
 ax.axhline(1, color="grey", ls=":", lw=1)
 ax.set(xlabel="share of tokens that go to expert 0", ylabel="balance loss")
-show(fig, "The balance loss of four experts: 1 when each has a quarter of the tokens, 4 when one expert has them all.")
+show(fig, "The balance loss of four experts: 1 when each has a quarter of the tokens, "
+          "4 when one expert has them all.")
 
 # %% [markdown]
 # **Exercise 6.5 (15 min, ★★).** Write `load_balancing_loss` for one layer. Then find router logits for which the load is perfectly even
@@ -516,11 +558,13 @@ from itertools import islice
 
 from minimind.data import read_texts
 
-texts = list(islice(read_texts(chapter.read("data") / "pretrain" / "train.jsonl.gz"), 2000))
+texts = list(islice(read_texts(chapter.read("data") / "pretrain" / "train.jsonl.gz"),
+                    2000))
 words = [word for text in texts for word in re.findall(r"\w+|[^\w\s]", text)]
 vocabulary = ["(rare)"] + [word for word, _ in Counter(words).most_common(511)]
 number = {word: i for i, word in enumerate(vocabulary)}
-stream = torch.tensor([number.get(word, 0) for word in words])  # all texts, one after the other
+# all texts, one after the other
+stream = torch.tensor([number.get(word, 0) for word in words])
 print(f"{len(stream):,} words; the commonest:", vocabulary[1:8])
 
 # %% [markdown]
@@ -540,7 +584,8 @@ class WordModel(nn.Module):
         self.out = nn.Linear(C, V, bias=False)
 
     def forward(self, now, before):
-        x = F.rms_norm(self.now(now) + self.before(before) + self.common, (64,))  # (N, C), scaled to size 1
+        x = F.rms_norm(self.now(now) + self.before(before) + self.common,
+                       (64,))  # (N, C), scaled to size 1
         return self.out(F.rms_norm(x + self.feed_forward(x), (64,)))  # (N, V)
 
 # %% [markdown]
@@ -575,7 +620,8 @@ def eight_experts():
     return MoE(64, 32, num_experts=8, num_experts_per_tok=1, norm_topk_prob=False)
 
 
-runs = {coefficient: train_words(eight_experts, coefficient) for coefficient in (0.0, 0.1)}
+runs = {coefficient: train_words(eight_experts, coefficient)
+        for coefficient in (0.0, 0.1)}
 last = {c: loads[-50:].mean(0) for c, (_, _, loads) in runs.items()}
 check("experts/dead_without_balance", (last[0.0] < 0.01).sum())
 check("experts/dead_with_balance", (last[0.1] < 0.01).sum())
@@ -590,11 +636,13 @@ colours = plt.get_cmap("cividis")(torch.linspace(0, 1, 8).numpy())
 fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
 for ax, (c, (_, _, loads)) in zip(axes, runs.items()):
     smooth = loads.unfold(0, min(10, len(loads)), 1).mean(-1)  # mean over 10 steps
-    ax.stackplot(range(len(smooth)), smooth.T, colors=colours, edgecolor="white", lw=0.4)
+    ax.stackplot(range(len(smooth)), smooth.T, colors=colours, edgecolor="white",
+                 lw=0.4)
     ax.set(xlabel="step", title=f"balance coefficient {c}", ylim=(0, 1))
     ax.grid(False)
 axes[0].set_ylabel("share of tokens")
-show(fig, "Expert load over training, one band for each expert: without the balance loss a few experts take everything, with it the bands stay alike.")
+show(fig, "Expert load over training, one band for each expert: without the balance "
+          "loss a few experts take everything, with it the bands stay alike.")
 
 # %% [markdown]
 # It begins with luck: the common part of all vectors lies a little closer to one expert's row in the router. That expert gets most tokens, so it alone gets gradients
@@ -612,7 +660,8 @@ model = runs[0.1][0]
 with torch.no_grad():
     model(stream[1:], stream[:-1])
 choice = model.feed_forward.router_logits.argmax(-1)  # (words - 1,): the expert of each position
-table = torch.zeros(512, 8).index_put_((stream[1:], choice), torch.ones(len(choice)), accumulate=True)
+table = torch.zeros(512, 8).index_put_((stream[1:], choice), torch.ones(len(choice)),
+                                       accumulate=True)
 table = table / table.sum(1, keepdim=True).clamp(min=1)  # (512, 8): each row sums to 1
 common = table[1:33]
 rows = common.argmax(1).argsort(stable=True)
@@ -627,7 +676,8 @@ ax.set_xticks(range(32), [vocabulary[1 + i] for i in rows.tolist()], rotation=90
 ax.set(ylabel="expert", xlabel="word that was read last")
 ax.grid(False)
 fig.colorbar(image, label="share of visits")
-show(fig, "Where the 32 commonest words go: most words have one or two experts of their own, whatever stood before them.")
+show(fig, "Where the 32 commonest words go: most words have one or two experts of "
+          "their own, whatever stood before them.")
 
 # %% [markdown]
 # The router sorts by word much more than by topic. Large models show the same (Jiang et al. 2024): experts follow the surface of the text, and "an expert for
@@ -646,7 +696,8 @@ favourite = check("experts/word_goes_to_favourite", favourite)
 
 # %% id="moe-equal-active"
 def final_losses(make, coefficient=0.0):
-    return torch.stack([train_words(make, coefficient, seed)[1][-50:].mean() for seed in chapter.size.seeds])
+    return torch.stack([train_words(make, coefficient, seed)[1][-50:].mean()
+                        for seed in chapter.size.seeds])
 
 
 compared = {
@@ -655,7 +706,8 @@ compared = {
     "dense, as wide as all eight": final_losses(lambda: SwiGLU(64, 256)),
 }
 for name, losses in compared.items():
-    print(f"{name:30} {losses.mean():.3f}  (seeds: {[round(v, 3) for v in losses.tolist()]})")
+    print(f"{name:30} {losses.mean():.3f}  (seeds: "
+          f"{[round(v, 3) for v in losses.tolist()]})")
 gain = compared["dense, as wide as one expert"] - compared["8 experts, top-1"]
 gain = check("experts/gain_nats_per_word", gain.mean())
 
@@ -669,7 +721,8 @@ for y, (name, losses) in enumerate(compared.items()):
     ax.plot(losses.mean(), y, "|", color="#D55E00", ms=22, mew=2)
 ax.set_yticks(range(3), list(compared))
 ax.set(xlabel="loss of the last 50 steps (nats per word)", ylim=(2.5, -0.5))
-show(fig, "Final loss by seed (dots) and mean (bar): experts beat the dense layer of equal work and lose to the dense layer of equal memory.")
+show(fig, "Final loss by seed (dots) and mean (bar): experts beat the dense layer of "
+          "equal work and lose to the dense layer of equal memory.")
 
 # %% [markdown]
 # Experts buy quality with memory instead of time. When memory is what you lack, a dense model of the same number of parameters is better. Chapter 9 repeats this with the whole
@@ -697,8 +750,10 @@ assert gradients[True] < 1e-4 < gradients[False]
 
 # %% id="moe-norm-trap-cost"
 normed = final_losses(lambda: MoE(64, 32, 8, 1, norm_topk_prob=True), 0.1)
-print(f"normalised {normed.mean():.3f}, not normalised {compared['8 experts, top-1'].mean():.3f}")
-cost_of_norm = check("experts/cost_of_norm_at_top1", normed.mean() - compared["8 experts, top-1"].mean())
+print(f"normalised {normed.mean():.3f}, not normalised "
+      f"{compared['8 experts, top-1'].mean():.3f}")
+cost_of_norm = check("experts/cost_of_norm_at_top1",
+                     normed.mean() - compared["8 experts, top-1"].mean())
 
 # %% [markdown]
 # **Results in sorted order.** Forget to bring the rows back, and every shape is right while almost every token gets the output of another token:
@@ -712,7 +767,8 @@ def dispatch_wrong(experts, tokens, weights, chosen):
 
 
 with torch.no_grad():
-    wrong, right = (f(timed.experts, tokens, weights, chosen) for f in (dispatch_wrong, moe_dense))
+    wrong, right = (f(timed.experts, tokens, weights, chosen)
+                    for f in (dispatch_wrong, moe_dense))
 misplaced = (~torch.isclose(wrong, right, atol=1e-5).all(-1)).float().mean()
 print(f"shape {tuple(wrong.shape)} is right, {misplaced:.0%} of tokens are wrong")
 assert misplaced > 0.5

@@ -50,14 +50,18 @@ import matplotlib.pyplot as plt
 
 
 def step(ax, y, text, colour="#dce9f7", x=2.0):
-    ax.text(x, y, text, ha="center", va="center", size=10, bbox=dict(boxstyle="round", fc=colour, ec="black"))
+    ax.text(x, y, text, ha="center", va="center", size=10,
+            bbox=dict(boxstyle="round", fc=colour, ec="black"))
 
 
 fig, ax = plt.subplots(figsize=(6.5, 5))
 ax.plot([0, 0], [0.5, 8.4], color="black", lw=5, solid_capstyle="butt")
-for y, text, colour in ((2.2, "RMSNorm → attention", "#dce9f7"), (4.2, "RMSNorm → feed-forward", "#f7e3d0")):
+for y, text, colour in ((2.2, "RMSNorm → attention", "#dce9f7"),
+                        (4.2, "RMSNorm → feed-forward", "#f7e3d0")):
     step(ax, y, text, colour, x=2.4)
-    read, add = (dict(arrowstyle="->", connectionstyle=f"angle,angleA={a},angleB={90 - a}") for a in (0, 90))
+    read, add = (dict(arrowstyle="->",
+                      connectionstyle=f"angle,angleA={a},angleB={90 - a}")
+                      for a in (0, 90))
     ax.annotate("", (1.1, y), (0, y - 0.7), arrowprops=read)
     ax.annotate("", (0.05, y + 0.7), (2.4, y + 0.3), arrowprops=add)
     ax.text(-0.4, y + 0.7, "+", size=16, ha="center", va="center")
@@ -73,7 +77,8 @@ ax.add_patch(plt.Rectangle((-0.9, 1.1), 5, 4.3, fill=False, ls="--"))
 ax.text(4.2, 3.3, "one block,\nrepeated", size=10, va="center")
 ax.set(xlim=(-2.6, 5.6), ylim=(-0.2, 9.1))
 ax.axis("off")
-show(fig, "The model: a stream of vectors (thick line) runs from the embedding to the logits, and every block reads a normalised copy of it and adds its result.")
+show(fig, "The model: a stream of vectors (thick line) runs from the embedding to the "
+          "logits, and every block reads a normalised copy of it and adds its result.")
 
 # %% [markdown]
 # ## Why not simply stack the layers?
@@ -143,7 +148,8 @@ print(y, "size now", rms(y))
 # %% id="model-rmsnorm-class"
 #| export
 class RMSNorm(nn.Module):
-    """Divide each vector by its root mean square, then scale each channel; x (..., C) -> (..., C).
+    """Divide each vector by its root mean square, then scale each channel; x (..., C)
+    -> (..., C).
 
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
@@ -161,8 +167,10 @@ class RMSNorm(nn.Module):
 
 # %% id="model-rmsnorm-check"
 norm, vectors = RMSNorm(160), torch.randn(5, 160)
-torch.testing.assert_close(norm(vectors), vectors / (vectors.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
-torch.testing.assert_close(norm(1000 * vectors), norm(vectors), atol=1e-4, rtol=1e-4)  # the size of the input does not matter
+torch.testing.assert_close(norm(vectors), vectors
+                           / (vectors.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
+# the size of the input does not matter
+torch.testing.assert_close(norm(1000 * vectors), norm(vectors), atol=1e-4, rtol=1e-4)
 
 # %% [markdown]
 # **Exercise 7.1 (10 min, ★).** Write `RMSNorm`. LayerNorm also subtracts the mean. Find a vector for which the two agree, and one for which they do not.
@@ -186,10 +194,12 @@ fig, axes = plt.subplots(1, 2, figsize=(7, 3), sharey=True)
 for ax, spread in zip(axes, (0.05, 0.08)):
     for name, step in ways.items():
         ax.plot(range(1, 25), sizes(step, spread), label=name)
-    ax.set(yscale="log", ylim=(1e-6, 1e6), xlabel="layer", title=f"weights with spread {spread}")
+    ax.set(yscale="log", ylim=(1e-6, 1e6), xlabel="layer",
+           title=f"weights with spread {spread}")
 axes[0].set_ylabel("size of the vectors (RMS)")
 axes[1].legend(loc="lower right")
-show(fig, "Size of the vectors through 24 layers: without a norm they vanish or explode, with a norm in either place they stay near 1.")
+show(fig, "Size of the vectors through 24 layers: without a norm they vanish or "
+          "explode, with a norm in either place they stay near 1.")
 
 # %% [markdown]
 # The two ways with a norm look alike here. Backward they do not. Take the gradient of some function of the result with respect to the input of the first layer:
@@ -204,7 +214,8 @@ def gradient_size(step, spread):
     return rms(start.grad)
 
 
-pre, post = (gradient_size(ways[name], 0.08) for name in ("x + layer(norm(x))", "norm(x + layer(x))"))
+pre, post = (gradient_size(ways[name], 0.08)
+             for name in ("x + layer(norm(x))", "norm(x + layer(x))"))
 print(f"gradient at the first layer: norm inside {pre:.1f}, norm outside {post:.0f}")
 assert post > 5 * pre
 
@@ -220,7 +231,9 @@ assert post > 5 * pre
 #| export
 @dataclass
 class ModelConfig:
-    """Sizes of a model; the names are those of Hugging Face's config.json. num_experts = 0 is a dense model."""
+    """Sizes of a model; the names are those of Hugging Face's config.json. num_experts
+    = 0 is a dense model.
+    """
 
     vocab_size: int = 6400
     hidden_size: int = 512
@@ -247,7 +260,9 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelConfig":
-        """A named size: tiny, tiny-moe, minimind2-small, minimind3 or minimind3-moe, with changes to its fields."""
+        """A named size: tiny, tiny-moe, minimind2-small, minimind3 or minimind3-moe,
+        with changes to its fields.
+        """
         if name not in PRESETS:
             raise ValueError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
         return cls(**PRESETS[name] | changes)
@@ -258,11 +273,13 @@ class ModelConfig:
 # %% id="model-presets"
 #| export
 TINY = dict(
-    vocab_size=2048, hidden_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=2048, hidden_size=160, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2,
     head_dim=40, intermediate_size=448, max_position_embeddings=1024,
 )
 MINIMIND3 = dict(
-    hidden_size=768, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=96,
+    hidden_size=768, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
+    head_dim=96,
     intermediate_size=2432,
 )
 PRESETS = {
@@ -282,7 +299,9 @@ PRESETS = {
 # %% id="model-block"
 #| export
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)); x (B, T, C) -> (B, T, C)."""
+    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)); x (B, T, C) ->
+    (B, T, C).
+    """
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
@@ -290,7 +309,8 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(C, eps)
         self.self_attn = Attention(
             C, config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-            norm=(lambda width: RMSNorm(width, eps)) if config.qk_norm else None, layer_idx=layer_idx,
+            norm=(lambda width: RMSNorm(width, eps)) if config.qk_norm else None,
+            layer_idx=layer_idx,
         )
         self.post_attention_layernorm = RMSNorm(C, eps)
         if config.num_experts:
@@ -299,8 +319,10 @@ class Block(nn.Module):
         else:
             self.mlp = SwiGLU(C, config.intermediate_size)
 
-    def forward(self, x: Tensor, rotate: Callable, attention_mask: Tensor | None = None, kv_cache=None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotate, attention_mask, kv_cache)
+    def forward(self, x: Tensor, rotate: Callable, attention_mask: Tensor | None = None,
+                kv_cache=None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotate, attention_mask,
+                               kv_cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 # %% [markdown]
@@ -314,10 +336,13 @@ class Block(nn.Module):
 
 # %% id="model-full-mask"
 #| export
-def full_mask(attention_mask: Tensor | None, past: int, input_ids: Tensor) -> Tensor | None:
-    """The mask that attention reads: None for plain causal rows, else bool (B or 1, 1, T, S), True = may look.
+def full_mask(attention_mask: Tensor | None, past: int,
+              input_ids: Tensor) -> Tensor | None:
+    """The mask that attention reads: None for plain causal rows, else bool (B or 1, 1,
+    T, S), True = may look.
 
-    attention_mask is None, a padding mask (B, S) with 1 = real, or already (B, 1, T, S).
+    attention_mask is None, a padding mask (B, S) with 1 = real, or already (B, 1, T,
+    S).
     """
     T = input_ids.size(1)
     if attention_mask is None and (past == 0 or T == 1):
@@ -329,7 +354,8 @@ def full_mask(attention_mask: Tensor | None, past: int, input_ids: Tensor) -> Te
         return mask
     expected = (input_ids.size(0), past + T)
     if attention_mask.shape != expected:
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected (B, past + T) = {expected}")
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}; expected "
+                         f"(B, past + T) = {expected}")
     # A padded position may look at itself: a row without any key would be 0 / 0.
     itself = torch.eye(past + T, dtype=torch.bool, device=mask.device)[past:]
     return mask & (attention_mask.bool()[:, None, None, :] | itself)
@@ -368,7 +394,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, i)
+                                    for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         inv_freq, self.attention_factor = self.frequencies()
         self.register_buffer("inv_freq", inv_freq, persistent=False)
@@ -376,7 +403,8 @@ class Decoder(nn.Module):
     def frequencies(self, seq_len: int | None = None) -> tuple[Tensor, float]:
         config = self.config
         return rope_frequencies(
-            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings, seq_len
+            config.head_dim, config.rope_theta, config.rope_scaling,
+            config.max_position_embeddings, seq_len
         )
 
     def forward(
@@ -384,7 +412,8 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None, kv_cache=None,
     ) -> Tensor:
         x = self.embed_tokens(input_ids)  # (B, T, C)
-        x = x.to(working_dtype(x))  # one cast here instead of one in every matrix product
+        # one cast here instead of one in every matrix product
+        x = x.to(working_dtype(x))
         past = kv_cache.length if kv_cache is not None else 0
         rotate = self.rotation(position_ids, past, x)
         mask = full_mask(attention_mask, past, input_ids)
@@ -393,13 +422,17 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def rotation(self, position_ids: Tensor | None, past: int, x: Tensor) -> Callable:
-        """The rotary turn of queries and keys, its cos and sin computed once for all layers."""
+        """The rotary turn of queries and keys, its cos and sin computed once for all
+        layers.
+        """
         if position_ids is None:
             position_ids = torch.arange(past, past + x.size(1), device=x.device)
         inv_freq = self.inv_freq.float()
-        if (self.config.rope_scaling or {}).get("rope_type") == "dynamic":  # the only kind that depends on the length
+        # the only kind that depends on the length
+        if (self.config.rope_scaling or {}).get("rope_type") == "dynamic":
             inv_freq = self.frequencies(int(position_ids.max()) + 1)[0].to(x.device)
-        cos, sin = rope_cos_sin(position_ids, inv_freq, self.attention_factor)  # (T, D) or (B, T, D)
+        cos, sin = rope_cos_sin(position_ids, inv_freq,
+                                self.attention_factor)  # (T, D) or (B, T, D)
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         return lambda q, k: (apply_rope(q, cos, sin), apply_rope(k, cos, sin))
 
@@ -409,7 +442,9 @@ class Decoder(nn.Module):
 # %% id="model-initialise"
 #| export
 def initialise(module: nn.Module, spread: float) -> None:
-    """Draw every matrix from a normal distribution with standard deviation spread; vectors (norms) stay as they are."""
+    """Draw every matrix from a normal distribution with standard deviation spread;
+    vectors (norms) stay as they are.
+    """
     for parameter in module.parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=spread)
@@ -420,14 +455,17 @@ def initialise(module: nn.Module, spread: float) -> None:
 # %% id="model-balance-loss"
 #| export
 def balance_loss(decoder: Decoder, attention_mask: Tensor | None, x: Tensor) -> Tensor:
-    """Balance loss of the last forward pass, a scalar; 0 for a dense model. x (B, T, C) is its result."""
+    """Balance loss of the last forward pass, a scalar; 0 for a dense model. x (B, T, C)
+    is its result.
+    """
     config = decoder.config
     if not config.num_experts:
         return torch.zeros((), device=x.device)
     is_padding = attention_mask is not None and attention_mask.shape == x.shape[:2]
     router_logits = [layer.mlp.router_logits for layer in decoder.layers]
     mask = attention_mask if is_padding else None
-    return load_balancing_loss(router_logits, config.num_experts, config.num_experts_per_tok, mask)
+    return load_balancing_loss(router_logits, config.num_experts,
+                               config.num_experts_per_tok, mask)
 
 # %% [markdown]
 # The model adds the output layer. In small models a third or more of the weights would be in the two V × C matrices at both ends, so they share one (**tied embeddings**, Press and Wolf 2017): the vector that stands for a word when
@@ -436,14 +474,17 @@ def balance_loss(decoder: Decoder, attention_mask: Tensor | None, x: Tensor) -> 
 # %% id="model-minimind"
 #| export
 class MiniMind(nn.Module):
-    """A decoder-only language model: token ids (B, T) -> logits (B, T, V). Parameter names are Hugging Face's."""
+    """A decoder-only language model: token ids (B, T) -> logits (B, T, V). Parameter
+    names are Hugging Face's.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
         # Tied models reuse the embedding as the output layer, so they own one matrix, not two.
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        tied, C, V = config.tie_word_embeddings, config.hidden_size, config.vocab_size
+        self.lm_head = None if tied else nn.Linear(C, V, bias=False)
         self.aux_loss: Tensor | None = None
         initialise(self, config.initializer_range)
 
@@ -453,8 +494,9 @@ class MiniMind(nn.Module):
     ) -> Tensor:
         """input_ids (B, T) -> logits (B, T, V).
 
-        attention_mask: None (causal), padding (B, S) with 1 = real, or bool (B, 1, T, S) with True = may look.
-        position_ids (T,) or (B, T); by default they count on from what kv_cache already holds.
+        attention_mask: None (causal), padding (B, S) with 1 = real, or bool (B, 1, T,
+        S) with True = may look. position_ids (T,) or (B, T); by default they count on
+        from what kv_cache already holds.
         """
         x = self.model(input_ids, attention_mask, position_ids, kv_cache)
         self.aux_loss = balance_loss(self.model, attention_mask, x)
@@ -469,12 +511,16 @@ class MiniMind(nn.Module):
         return self.__dict__ | {"aux_loss": None}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face model folder: config.json and model.safetensors. See save_model."""
+        """Write a Hugging Face model folder: config.json and model.safetensors. See
+        save_model.
+        """
         save_model(self, Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "MiniMind":
-        """Read a Hugging Face model folder (Qwen3, Qwen3-MoE or Llama) in float32. See load_model."""
+        """Read a Hugging Face model folder (Qwen3, Qwen3-MoE or Llama) in float32. See
+        load_model.
+        """
         return load_model(Path(folder))
 
 # %% [markdown]
@@ -485,9 +531,11 @@ set_seed(0)
 model = MiniMind(ModelConfig.preset("tiny"))
 ids = torch.randint(0, 2048, (2, 40))
 hooks = []
-for name in ("embed_tokens", "layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.mlp.gate_proj", "layers.0", "norm"):
+for name in ("embed_tokens", "layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj",
+             "layers.0.mlp.gate_proj", "layers.0", "norm"):
     part = model.model.get_submodule(name)
-    hooks.append(part.register_forward_hook(lambda _, __, y, name=name: print(f"{name:26} {tuple(y.shape)}")))
+    hooks.append(part.register_forward_hook(lambda _, __, y,
+                                            name=name: print(f"{name:26} {tuple(y.shape)}")))
 logits = model(ids)
 for hook in hooks:
     hook.remove()
@@ -514,7 +562,8 @@ fig, ax = plt.subplots(figsize=(6, 2.3))
 ax.bar(range(40), difference, color="#0072B2")
 ax.axvline(24.5, color="#D55E00", ls="--")
 ax.set(xlabel="position", ylabel="change of logits")
-show(fig, "Largest change of the logits when token 25 is replaced: nothing moves before it, everything from it on does.")
+show(fig, "Largest change of the logits when token 25 is replaced: nothing moves "
+          "before it, everything from it on does.")
 
 # %% [markdown]
 # **Exercise 7.3 (10 min, ★★).** Left-pad a short row, pass the padding mask, and show that the logits of its real tokens equal those of the row alone. Why does it work although the positions have moved?
@@ -533,10 +582,12 @@ def first_loss(spread):
     model = MiniMind(ModelConfig.preset("tiny", initializer_range=spread))
     ids = torch.randint(0, 2048, (8, 65))
     with torch.no_grad():
-        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten()).item()
+        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1),
+                               ids[:, 1:].flatten()).item()
 
 
-losses = {spread: first_loss(spread) for spread in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)}
+losses = {spread: first_loss(spread)
+          for spread in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)}
 check("transformer/first_loss_over_ln_v", losses[0.02] / math.log(2048))
 print({spread: round(loss, 2) for spread, loss in losses.items()})
 
@@ -547,9 +598,11 @@ print({spread: round(loss, 2) for spread, loss in losses.items()})
 fig, ax = plt.subplots(figsize=(5.5, 2.6))
 ax.plot(list(losses), list(losses.values()), "o-", label="first loss")
 ax.axhline(math.log(2048), color="#D55E00", ls="--", label="ln V")
-ax.set(xscale="log", xlabel="initializer_range (standard deviation of the weights)", ylabel="loss (nats)")
+ax.set(xscale="log", xlabel="initializer_range (standard deviation of the weights)",
+       ylabel="loss (nats)")
 ax.legend()
-show(fig, "First loss against the spread of the initial weights: small weights start at ln V, large ones start worse than knowing nothing.")
+show(fig, "First loss against the spread of the initial weights: small weights start "
+          "at ln V, large ones start worse than knowing nothing.")
 
 # %% [markdown]
 # The final norm makes every hidden vector of size 1, so a logit is a sum of C products with weights of spread s: its spread is $s\sqrt{C}$, 0.25 for s = 0.02 and 2.5 for s = 0.2. A spread of 2.5 is confident nonsense. A first loss far from ln V
@@ -564,19 +617,23 @@ show(fig, "First loss against the spread of the initial weights: small weights s
 # %% id="model-count-parameters"
 #| export
 def matmul_parameters(config: ModelConfig, experts: int) -> int:
-    """Weights that multiply one token when `experts` experts work on it, output layer included."""
+    """Weights that multiply one token when `experts` experts work on it, output layer
+    included.
+    """
     C, D = config.hidden_size, config.head_dim
-    attention = 2 * C * config.num_attention_heads * D + 2 * C * config.num_key_value_heads * D
+    attention = 2 * C * D * (config.num_attention_heads + config.num_key_value_heads)
     feed_forward = 3 * C * config.intermediate_size
     if config.num_experts:
-        feed_forward = experts * 3 * C * config.moe_intermediate_size + C * config.num_experts
+        one, router = 3 * C * config.moe_intermediate_size, C * config.num_experts
+        feed_forward = experts * one + router
     return config.num_hidden_layers * (attention + feed_forward) + C * config.vocab_size
 
 
 def count_parameters(config: ModelConfig, active: bool = False) -> int:
     """All parameters of a model, or with active=True those that work on one token."""
     C = config.hidden_size
-    norms = config.num_hidden_layers * (2 * C + 2 * config.head_dim * config.qk_norm) + C
+    norms = config.num_hidden_layers * (2 * C + 2 * config.head_dim
+                                        * config.qk_norm) + C
     embedding = 0 if config.tie_word_embeddings else C * config.vocab_size
     experts = config.num_experts_per_tok if active else config.num_experts
     return matmul_parameters(config, experts) + norms + embedding
@@ -592,7 +649,8 @@ for name in PRESETS:
         built = MiniMind(config).num_parameters()
     assert count_parameters(config) == built
     active = count_parameters(config, active=True)
-    print(f"{name:16} {built:>12,}   active {active:>11,}   published {published.get(name, '-')} M")
+    print(f"{name:16} {built:>12,}   active {active:>11,}   published "
+          f"{published.get(name, '-')} M")
 
 # %% [markdown]
 # All five are exact. A tied embedding counts once, and `active` leaves out the experts that a token does not visit. Where do the parameters sit?
@@ -602,18 +660,22 @@ names = list(PRESETS)
 configs = [ModelConfig.preset(name) for name in names]
 total = torch.tensor([count_parameters(c) for c in configs])
 embedding = torch.tensor([c.vocab_size * c.hidden_size for c in configs])
-heads = [c.num_hidden_layers * (c.num_attention_heads + c.num_key_value_heads) for c in configs]
-attention = torch.tensor([2 * h * c.hidden_size * c.head_dim for h, c in zip(heads, configs)])
+heads = [c.num_hidden_layers * (c.num_attention_heads + c.num_key_value_heads)
+         for c in configs]
+attention = torch.tensor([2 * h * c.hidden_size * c.head_dim
+                          for h, c in zip(heads, configs)])
 fig, ax = plt.subplots(figsize=(7, 2.8))
 left = torch.zeros(len(names))
 rest = total - embedding - attention
-for part, label, hatch in ((embedding, "embedding", ""), (attention, "attention", "//"), (rest, "feed-forward", "..")):
+for part, label, hatch in ((embedding, "embedding", ""), (attention, "attention", "//"),
+                           (rest, "feed-forward", "..")):
     ax.barh(names, part / total, left=left, label=label, hatch=hatch, edgecolor="white")
     left = left + part / total
 ax.set(xlabel="share of all parameters", xlim=(0, 1))
 ax.invert_yaxis()
 ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
-show(fig, "Where the parameters are: the tiny model spends a fifth on its vocabulary, larger ones and those with experts spend most on feed-forward layers.")
+show(fig, "Where the parameters are: the tiny model spends a fifth on its vocabulary, "
+          "larger ones and those with experts spend most on feed-forward layers.")
 
 # %% [markdown]
 # **Exercise 7.5 (10 min, ★).** Qwen3-0.6B has hidden size 1024, 28 layers, 16 heads of 128, 8 key/value heads, intermediate size 3072, vocabulary 151,936, tied. Predict its parameters to three digits, then check with `count_parameters`.
@@ -626,12 +688,15 @@ show(fig, "Where the parameters are: the tiny model spends a fifth on its vocabu
 # %% id="model-flops"
 #| export
 def flops_per_token(config: ModelConfig, T: int, training: bool = True) -> int:
-    """Floating point operations for one token of a row of T: forward, or forward and backward (three times that).
+    """Floating point operations for one token of a row of T: forward, or forward and
+    backward (three times that).
 
-    A product with N weights is 2N operations. Scores and mixing take 4 * T * H * D a layer; the masked
-    half is counted too, as is usual (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
+    A product with N weights is 2N operations. Scores and mixing take 4 * T * H * D a
+    layer; the masked half is counted too, as is usual (Chowdhery et al. 2022,
+    arXiv:2204.02311, appendix B).
     """
-    attention = 4 * T * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    width = config.num_attention_heads * config.head_dim
+    attention = 4 * T * config.num_hidden_layers * width
     forward = 2 * matmul_parameters(config, config.num_experts_per_tok) + attention
     return 3 * forward if training else forward
 
@@ -661,11 +726,14 @@ lengths = [2**i for i in range(6, 17)]
 fig, ax = plt.subplots(figsize=(5.5, 2.6))
 for name in ("tiny", "minimind2-small", "minimind3"):
     config = ModelConfig.preset(name)
-    ax.plot(lengths, [1 - flops_per_token(config, 0) / flops_per_token(config, T) for T in lengths], label=name)
+    ax.plot(lengths, [1 - flops_per_token(config, 0) / flops_per_token(config, T)
+                      for T in lengths], label=name)
 ax.axhline(0.5, color="grey", ls=":", lw=1)
-ax.set(xscale="log", xlabel="tokens in a row (T)", ylabel="share of operations", ylim=(0, 1))
+ax.set(xscale="log", xlabel="tokens in a row (T)", ylabel="share of operations",
+       ylim=(0, 1))
 ax.legend()
-show(fig, "Share of all operations that attention scores take: half of all work at about 1,200 tokens in the tiny model, 3,200 and 5,200 in the others.")
+show(fig, "Share of all operations that attention scores take: half of all work at "
+          "about 1,200 tokens in the tiny model, 3,200 and 5,200 in the others.")
 
 # %% [markdown]
 # **Exercise 7.6 (10 min, ★★).** Your processor runs `tiny` at some tokens per second (chapter 9 measures it). Turn that into FLOPs per second and compare with one large matrix product. The ratio is the model FLOPs utilisation.
@@ -679,37 +747,44 @@ show(fig, "Share of all operations that attention scores take: half of all work 
 
 # %% id="model-activations"
 #| export
-def activation_bytes(config: ModelConfig, number: int, norm: int, table: int = 0) -> int:
+def activation_bytes(config: ModelConfig, number: int, norm: int,
+                     table: int = 0) -> int:
     """Bytes that autograd keeps for one token.
 
-    `number` a value, `norm` a value that goes through a norm; `table`: positions in the table of
-    shares that each head keeps, 0 with the fused kernel.
+    `number` a value, `norm` a value that goes through a norm; `table`: positions in the
+    table of shares that each head keeps, 0 with the fused kernel.
     """
     C, V, H = config.hidden_size, config.vocab_size, config.num_attention_heads
     q, k = H * config.head_dim, config.num_key_value_heads * config.head_dim
-    attention = (norm + number) * C + number * (3 * q + 2 * k)  # norm, output; q, output twice; k, v
+    # norm, output; q, output twice; k, v
+    attention = (norm + number) * C + number * (3 * q + 2 * k)
     if table:
-        attention += number * (H * table - q)  # the shares; without the kernel's copy of its output
+        # the shares; without the kernel's copy of its output
+        attention += number * (H * table - q)
     if config.qk_norm:
         attention += norm * (q + k)
     feed_forward = (norm + number) * C + 4 * number * config.intermediate_size
     if config.num_experts:
         visits = config.num_experts_per_tok
-        feed_forward = (norm + number) * C + visits * number * (4 * config.moe_intermediate_size + 2 * C)
+        one = number * (4 * config.moe_intermediate_size + 2 * C)
+        feed_forward = (norm + number) * C + visits * one
     output = (norm + number) * C + 4 * V  # log-softmax in float32
     return config.num_hidden_layers * (attention + feed_forward) + output
 
 # %% id="model-memory"
 #| export
 def training_memory(
-    config: ModelConfig, batch: int, T: int, precision: str = "bf16", device: str = "cuda"
+    config: ModelConfig, batch: int, T: int, precision: str = "bf16",
+    device: str = "cuda"
 ) -> dict[str, int]:
-    """Bytes at the peak of a training step with AdamW: parameters, gradients, optimizer, activations, loss, total.
+    """Bytes at the peak of a training step with AdamW: parameters, gradients,
+    optimizer, activations, loss, total.
 
-    precision is fp32, or bf16 / fp16 for autocast, where the weights stay in float32 and each
-    matrix is also kept as a 16-bit copy. The total assumes that gradients of an earlier batch are
-    there (accumulation). On the CPU a norm keeps two float32 values for each number, on CUDA one,
-    and short rows in bf16 keep the table of shares (chapter 4.8).
+    precision is fp32, or bf16 / fp16 for autocast, where the weights stay in float32
+    and each matrix is also kept as a 16-bit copy. The total assumes that gradients of
+    an earlier batch are there (accumulation). On the CPU a norm keeps two float32
+    values for each number, on CUDA one, and short rows in bf16 keep the table of shares
+    (chapter 4.8).
     """
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision is {precision!r}; expected fp32, bf16 or fp16")
@@ -717,13 +792,16 @@ def training_memory(
     parameters = 4 * count_parameters(config)
     copies = 0 if precision == "fp32" else 2 * matmul_parameters(config, config.num_experts)
     norm = 8 if device == "cpu" else number
-    table = T if device == "cpu" and precision == "bf16" and T <= LONGEST else 0  # chapter 4.8
+    # chapter 4.8
+    table = T if device == "cpu" and precision == "bf16" and T <= LONGEST else 0
     memory = {
         "parameters": parameters,
         "gradients": parameters,
         "optimizer": 2 * parameters,  # Adam's two running averages
-        "activations": copies + batch * T * activation_bytes(config, number, norm, table),
-        "loss": batch * T * 8 * config.vocab_size,  # gradient of logits, in and out of softmax
+        "activations": copies + batch * T
+        * activation_bytes(config, number, norm, table),
+        # gradient of logits, in and out of softmax
+        "loss": batch * T * 8 * config.vocab_size,
     }
     return memory | {"total": sum(memory.values())}
 
@@ -738,7 +816,8 @@ def kept_bytes(model, loss_of):
     def pack(tensor):
         memory = tensor.untyped_storage()
         if memory.data_ptr() not in own:
-            kept[memory.data_ptr()] = memory  # holding it keeps its address from being reused
+            # holding it keeps its address from being reused
+            kept[memory.data_ptr()] = memory
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -756,7 +835,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Inside `with PeakMemory() as memory:` memory.now and memory.peak are bytes of live tensors."""
+    """Inside `with PeakMemory() as memory:` memory.now and memory.peak are bytes of
+    live tensors.
+    """
 
     def __init__(self):
         super().__init__()
@@ -788,7 +869,8 @@ def measure(name, precision):
 
     def loss_of(model):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return F.cross_entropy(model(ids).float().flatten(0, 1), ids.flatten()) + 0.01 * model.aux_loss
+            return F.cross_entropy(model(ids).float().flatten(0, 1),
+                                   ids.flatten()) + 0.01 * model.aux_loss
 
     with PeakMemory() as memory:
         model = MiniMind(ModelConfig.preset(name))
@@ -806,12 +888,14 @@ def measure(name, precision):
 rows = []
 for name in ("tiny", "tiny-moe"):
     for precision in ("fp32", "bf16"):
-        predicted = training_memory(ModelConfig.preset(name), B, T, precision, device="cpu")
+        predicted = training_memory(ModelConfig.preset(name), B, T, precision,
+                                    device="cpu")
         measured = measure(name, precision)
         rows.append((f"{name}\n{precision}", predicted, measured["total"]))
         for what, value in measured.items():
             ratio = predicted[what] / value
-            print(f"{name:8} {precision} {what:11} {predicted[what] / 1e6:6.1f} MB, measured {value / 1e6:6.1f} MB: {ratio:.3f}")
+            print(f"{name:8} {precision} {what:11} {predicted[what] / 1e6:6.1f} MB, "
+                  f"measured {value / 1e6:6.1f} MB: {ratio:.3f}")
             assert 0.9 < ratio < 1.1
 memory_ratio = check("transformer/memory_tiny_bf16", rows[1][1]["total"] / rows[1][2])
 
@@ -821,16 +905,20 @@ memory_ratio = check("transformer/memory_tiny_bf16", rows[1][1]["total"] / rows[
 # %% id="model-memory-picture"
 fig, ax = plt.subplots(figsize=(7, 3))
 bottom = [0.0] * len(rows)
-for part, hatch in zip(("parameters", "gradients", "optimizer", "activations", "loss"), ("", "//", "..", "xx", "--")):
+for part, hatch in zip(("parameters", "gradients", "optimizer", "activations", "loss"),
+                       ("", "//", "..", "xx", "--")):
     values = [predicted[part] / 1e6 for _, predicted, _ in rows]
-    ax.bar(range(len(rows)), values, 0.5, bottom=bottom, label=part, hatch=hatch, edgecolor="white")
+    ax.bar(range(len(rows)), values, 0.5, bottom=bottom, label=part, hatch=hatch,
+           edgecolor="white")
     bottom = [b + v for b, v in zip(bottom, values)]
 for i, (_, _, peak) in enumerate(rows):
-    ax.hlines(peak / 1e6, i - 0.35, i + 0.35, color="black", lw=2, label=None if i else "measured peak")
+    ax.hlines(peak / 1e6, i - 0.35, i + 0.35, color="black", lw=2,
+              label=None if i else "measured peak")
 ax.set_xticks(range(len(rows)), [name for name, _, _ in rows])
 ax.set(ylabel="MB", xlim=(-0.6, 5.2))
 ax.legend(loc="right")
-show(fig, "Predicted memory of a training step by part, and the measured peak: in small models activations and the loss are nearly all of it.")
+show(fig, "Predicted memory of a training step by part, and the measured peak: in "
+          "small models activations and the loss are nearly all of it.")
 
 # %% [markdown]
 # The parts that grow with the batch dominate. The 16 bytes for each parameter catch up as models grow: at batch 32 and rows of 340 on a GPU they are 4% of the total for `tiny` and 41% for `minimind3-moe`:
@@ -838,7 +926,8 @@ show(fig, "Predicted memory of a training step by part, and the measured peak: i
 # %% id="model-memory-presets"
 print(f"{'GB':16} params  grads   Adam  activ.  loss  total")
 for name in PRESETS:
-    memory = training_memory(ModelConfig.preset(name), batch=32, T=340, precision="bf16")
+    memory = training_memory(ModelConfig.preset(name), batch=32, T=340,
+                             precision="bf16")
     print(f"{name:16}" + "".join(f"{size / 1e9:7.2f}" for size in memory.values()))
 
 # %% [markdown]
@@ -853,21 +942,30 @@ for name in PRESETS:
 
 # %% id="model-config-json"
 #| export
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
-MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "router_aux_loss_coef")
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM",
+                 "qwen3_moe": "Qwen3MoeForCausalLM"}
+MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
+              "norm_topk_prob", "router_aux_loss_coef")
 
 
 def config_to_json(config: ModelConfig) -> dict:
-    """The config.json that transformers reads: q/k norm and experts decide between Llama, Qwen3 and Qwen3-MoE."""
+    """The config.json that transformers reads: q/k norm and experts decide between
+    Llama, Qwen3 and Qwen3-MoE.
+    """
     if config.num_experts and not config.qk_norm:
-        raise ValueError("a model with experts but without q/k norm is no Hugging Face architecture: set qk_norm=True")
+        raise ValueError("a model with experts but without q/k norm is no Hugging Face "
+                         "architecture: set qk_norm=True")
     kind = "qwen3_moe" if config.num_experts else "qwen3" if config.qk_norm else "llama"
-    values = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "qk_norm"}
+    values = {f.name: getattr(config, f.name) for f in fields(config)
+              if f.name != "qk_norm"}
     if kind != "qwen3_moe":
-        values = {name: value for name, value in values.items() if name not in MOE_FIELDS}
+        values = {name: value for name, value in values.items()
+                  if name not in MOE_FIELDS}
     # transformers 5 reads rope_parameters, older versions read rope_theta and rope_scaling.
-    values["rope_parameters"] = {"rope_type": "default"} | (config.rope_scaling or {}) | {"rope_theta": config.rope_theta}
-    fixed = {"hidden_act": "silu", "attention_bias": False, "use_cache": True, "dtype": "float32"}
+    rope = {"rope_type": "default"} | (config.rope_scaling or {})
+    values["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
+    fixed = {"hidden_act": "silu", "attention_bias": False, "use_cache": True,
+             "dtype": "float32"}
     return {"model_type": kind, "architectures": [ARCHITECTURES[kind]]} | values | fixed
 
 # %% [markdown]
@@ -877,32 +975,40 @@ def config_to_json(config: ModelConfig) -> dict:
 # %% id="model-config-from-json"
 #| export
 def config_from_json(values: dict, source: str = "config.json") -> ModelConfig:
-    """A ModelConfig from a Hugging Face config.json; raises ValueError naming what this model does not have."""
+    """A ModelConfig from a Hugging Face config.json; raises ValueError naming what this
+    model does not have.
+    """
     kind = values.get("model_type")
     if kind not in ARCHITECTURES:
-        raise ValueError(f"{source}: model_type is {kind!r}; this model reads {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"{source}: model_type is {kind!r}; this model reads "
+                         f"{', '.join(ARCHITECTURES)}")
     values = dict(values)
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    values["rope_theta"] = rope.pop("rope_theta", None) or values.get("rope_theta") or 10000.0
+    theta = rope.pop("rope_theta", None) or values.get("rope_theta")
+    values["rope_theta"] = theta or 10000.0
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
     values["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     values["qk_norm"] = kind != "llama"
-    values["num_experts"] = values.get("num_experts", values.get("num_local_experts", 0)) if kind == "qwen3_moe" else 0
+    values["num_experts"] = values.get("num_experts",
+                                       values.get("num_local_experts", 0)) if kind == "qwen3_moe" else 0
     values["num_key_value_heads"] = values.get("num_key_value_heads") or values.get("num_attention_heads")
     values["head_dim"] = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     refuse_unsupported(values, source)
     names = {f.name for f in fields(ModelConfig)}
-    return ModelConfig(**{name: value for name, value in values.items() if name in names})
+    return ModelConfig(**{name: value for name, value in values.items()
+                          if name in names})
 
 
 def refuse_unsupported(values: dict, source: str) -> None:
     expected = {
-        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False,
+        "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "use_sliding_window": False,
         "decoder_sparse_step": 1, "mlp_only_layers": [], "quantization_config": None,
     }
     for name, value in expected.items():
         if values.get(name, value) not in (value, None):
-            raise ValueError(f"{source}: {name} is {values[name]!r}; this model only has {value!r}")
+            raise ValueError(f"{source}: {name} is {values[name]!r}; this model only "
+                             f"has {value!r}")
 
 # %% [markdown]
 # Saving must survive a full disk and a kill at any moment. So nothing is ever written into the folder that others read: a draft is written beside it, and when the draft is whole, a rename puts it
@@ -913,8 +1019,9 @@ def refuse_unsupported(values: dict, source: str) -> None:
 def save_model(model: MiniMind, folder: Path) -> None:
     """Write config.json and model.safetensors into folder, all or nothing.
 
-    The files are written beside the folder first and then renamed, so that a kill or a full disk
-    leaves either the old model or the new one. Other files in the folder (tokenizer) are kept.
+    The files are written beside the folder first and then renamed, so that a kill or a
+    full disk leaves either the old model or the new one. Other files in the folder
+    (tokenizer) are kept.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover(folder)
@@ -922,8 +1029,10 @@ def save_model(model: MiniMind, folder: Path) -> None:
     try:
         if folder.is_dir():
             shutil.copytree(folder, draft, dirs_exist_ok=True)
-        (draft / "config.json").write_text(json.dumps(config_to_json(model.config), indent=2) + "\n")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        (draft / "config.json").write_text(json.dumps(config_to_json(model.config),
+                                                      indent=2) + "\n")
+        tensors = {name: tensor.detach().cpu().contiguous()
+                   for name, tensor in model.state_dict().items()}
         save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
         replace_folder(draft, folder)
     finally:
@@ -931,7 +1040,9 @@ def save_model(model: MiniMind, folder: Path) -> None:
 
 
 def replace_folder(draft: Path, folder: Path) -> None:
-    """Put draft in the place of folder, by two renames; in between, the old one lies beside it as .NAME.old."""
+    """Put draft in the place of folder, by two renames; in between, the old one lies
+    beside it as .NAME.old.
+    """
     draft.chmod(0o755)  # mkdtemp makes it private
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
@@ -941,7 +1052,9 @@ def replace_folder(draft: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Bring back the old folder if a save was killed between its two renames; remove it if it was killed after them."""
+    """Bring back the old folder if a save was killed between its two renames; remove it
+    if it was killed after them.
+    """
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -954,17 +1067,21 @@ def recover(folder: Path) -> None:
 # %% id="model-load"
 #| export
 def load_model(folder: Path) -> MiniMind:
-    """A model from a Hugging Face folder. Raises ValueError or FileNotFoundError that names the file or the weight."""
+    """A model from a Hugging Face folder. Raises ValueError or FileNotFoundError that
+    names the file or the weight.
+    """
     recover(folder)
     path = folder / "model.safetensors"
     for needed in (folder / "config.json", path):
         if not needed.is_file():
-            raise FileNotFoundError(f"{needed} is missing: {folder} is not a model folder")
+            raise FileNotFoundError(f"{needed} is missing: {folder} is not a model "
+                                    "folder")
     config = read_config(folder / "config.json")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or save it again") from error
+        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or "
+                         "save it again") from error
     model = MiniMind(config)
     check_weights(model.state_dict(), tensors, path)
     model.load_state_dict(tensors)
@@ -975,19 +1092,24 @@ def read_config(path: Path) -> ModelConfig:
     try:
         return config_from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}): save the model again") from error
+        raise ValueError(f"{path} is damaged or incomplete ({error}): save the model "
+                         "again") from error
 
 
-def check_weights(expected: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+def check_weights(expected: dict[str, Tensor], tensors: dict[str, Tensor],
+                  path: Path) -> None:
     problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
     problems += [f"{name} is unexpected" for name in tensors.keys() - expected.keys()]
     problems += [
-        f"{name} has shape {tuple(tensors[name].shape)}, the config asks for {tuple(expected[name].shape)}"
-        for name in expected.keys() & tensors.keys() if tensors[name].shape != expected[name].shape
+        f"{name} has shape {tuple(tensors[name].shape)}, the config asks for "
+        f"{tuple(expected[name].shape)}"
+        for name in expected.keys() & tensors.keys()
+        if tensors[name].shape != expected[name].shape
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:10])
-        raise ValueError(f"{path} does not fit its config.json, {len(problems)} weights: {shown}")
+        raise ValueError(f"{path} does not fit its config.json, {len(problems)} "
+                         f"weights: {shown}")
 
 # %% [markdown]
 # The test, in both directions and for all three families: save ours and let `transformers` load it, then save theirs and load it. The logits must agree within 1e-4.
@@ -997,9 +1119,11 @@ import importlib.util
 from contextlib import redirect_stderr
 from io import StringIO
 
-families = {"llama": dict(qk_norm=False), "qwen3": {}, "qwen3_moe": dict(num_experts=4, moe_intermediate_size=96)}
+families = {"llama": dict(qk_norm=False), "qwen3": {},
+            "qwen3_moe": dict(num_experts=4, moe_intermediate_size=96)}
 small = dict(
-    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+    vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16,
     intermediate_size=192,
 )
 if importlib.util.find_spec("transformers"):
@@ -1023,8 +1147,10 @@ for family, changes in families.items():
         theirs.save_pretrained(folder / f"{family}-theirs")
     back = MiniMind.from_pretrained(folder / f"{family}-theirs")
     with torch.no_grad():
-        there, again = (ours(ids) - theirs(ids).logits).abs().max(), (back(ids) - theirs(ids).logits).abs().max()
-    print(f"{type(theirs).__name__:20} ours to theirs {there:.1e}, theirs to ours {again:.1e}")
+        logits = theirs(ids).logits
+        there, again = ((model(ids) - logits).abs().max() for model in (ours, back))
+    print(f"{type(theirs).__name__:20} ours to theirs {there:.1e}, theirs to ours "
+          f"{again:.1e}")
     assert there < 1e-4 and again < 1e-4
 
 # %% [markdown]
@@ -1038,10 +1164,12 @@ for family, changes in families.items():
 set_seed(3)
 ours = MiniMind(ModelConfig(**small))
 tensors = dict(ours.state_dict())
-tensors["model.layers.1.mlp.down_project.weight"] = tensors.pop("model.layers.1.mlp.down_proj.weight")
+mlp = "model.layers.1.mlp"
+tensors[f"{mlp}.down_project.weight"] = tensors.pop(f"{mlp}.down_proj.weight")
 other = MiniMind(ModelConfig(**small))
 other.load_state_dict(tensors, strict=False)
-print(f"logits differ by {(ours(ids) - other(ids)).abs().max():.3f}, their spread is {ours(ids).std():.3f}")
+print(f"logits differ by {(ours(ids) - other(ids)).abs().max():.3f}, their spread is "
+      f"{ours(ids).std():.3f}")
 assert not torch.allclose(ours(ids), other(ids), atol=1e-4)
 
 # %% [markdown]
@@ -1055,7 +1183,8 @@ try:
 except ValueError as error:
     message = str(error).replace(str(folder), "...")
 print(message)
-assert "down_proj.weight is missing" in message and "down_project.weight is unexpected" in message
+assert "down_proj.weight is missing" in message
+assert "down_project.weight is unexpected" in message
 
 # %% [markdown]
 # **The other rotary layout.** Llama's original files pair neighbouring channels, Hugging Face's pair the two halves (chapter 5). All shapes agree, so everything loads. How far off are the logits?
@@ -1070,7 +1199,8 @@ with torch.no_grad():
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight.copy_(to_interleaved(projection.weight, 16))
 difference = (swapped(ids) - before).detach().abs().amax((0, 2))  # (T,)
-print(f"position 0: {difference[0]:.1e}, position 1: {difference[1]:.1e}, last: {difference[-1]:.1e}")
+print(f"position 0: {difference[0]:.1e}, position 1: {difference[1]:.1e}, last: "
+      f"{difference[-1]:.1e}")
 assert difference[0] < 1e-5 < difference[-1]
 
 # %% [markdown]

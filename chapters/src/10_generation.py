@@ -21,17 +21,22 @@ profile = "cpu"
 # %% id="generate-opening-picture"
 import matplotlib.pyplot as plt
 
-boxes = ["tokens so far\n(10.1)", "model and cache\n(10.4)", "one score per\ntoken", "choose one\n(10.2, 10.3)", "print it\n(10.6)"]
+boxes = ["tokens so far\n(10.1)", "model and cache\n(10.4)", "one score per\ntoken",
+         "choose one\n(10.2, 10.3)", "print it\n(10.6)"]
 fig, ax = plt.subplots(figsize=(7, 1.9))
 for i, label in enumerate(boxes):
-    ax.text(i, 0, label, ha="center", va="center", fontsize=8, bbox={"boxstyle": "round,pad=0.35", "fc": "#e8eef7", "ec": "black"})
+    ax.text(i, 0, label, ha="center", va="center", fontsize=8,
+            bbox={"boxstyle": "round,pad=0.35", "fc": "#e8eef7", "ec": "black"})
     if i:
         ax.annotate("", (i - 0.38, 0), (i - 0.62, 0), arrowprops={"arrowstyle": "->"})
-ax.annotate("", (0, 0.3), (3, 0.3), arrowprops={"arrowstyle": "->", "connectionstyle": "arc3,rad=0.22"})
-ax.text(1.5, 0.86, "append the chosen token and go round again", ha="center", fontsize=9)
+ax.annotate("", (0, 0.3), (3, 0.3),
+            arrowprops={"arrowstyle": "->", "connectionstyle": "arc3,rad=0.22"})
+ax.text(1.5, 0.86, "append the chosen token and go round again", ha="center",
+        fontsize=9)
 ax.set(xlim=(-0.6, 4.6), ylim=(-0.5, 1.1))
 ax.axis("off")
-show(fig, "The generation loop: the tokens so far go through the model, one new token is chosen from its scores, and it joins the tokens.")
+show(fig, "The generation loop: the tokens so far go through the model, one new token "
+          "is chosen from its scores, and it joins the tokens.")
 
 # %% [markdown]
 # ## 10.1 From scores to a sentence
@@ -48,7 +53,9 @@ from minimind.tokenizer import Tokenizer
 folder = chapter.read("pretrain")
 model = MiniMind.from_pretrained(folder).to(chapter.device).eval()
 tokenizer = Tokenizer.from_pretrained(folder)
-valid_texts = [text[:20_000] for text, _ in zip(read_texts(chapter.read("data") / "pretrain" / "valid.jsonl.gz"), range(300))]
+valid_texts = [text[:20_000]
+               for text, _ in zip(read_texts(chapter.read("data") / "pretrain"
+                                             / "valid.jsonl.gz"), range(300))]
 text = max(valid_texts, key=len)
 print(text[:300])
 
@@ -57,7 +64,8 @@ print(text[:300])
 
 # %% id="generate-first-step"
 def as_ids(string, count=None):
-    return torch.tensor([tokenizer.encode(string)[:count]], device=chapter.device)  # (1, T)
+    return torch.tensor([tokenizer.encode(string)[:count]],
+                        device=chapter.device)  # (1, T)
 
 prompt = as_ids(text, 6)
 with torch.inference_mode():
@@ -125,10 +133,12 @@ assert ((z / 2).softmax(-1).argsort() == (z / 0.5).softmax(-1).argsort()).all()
 text_ids = as_ids(text, 128)
 with torch.inference_mode():
     all_logits = model(text_ids)[0].float()  # (T, V)
-entropy = -(all_logits.softmax(-1) * all_logits.log_softmax(-1)).sum(-1) / torch.log(torch.tensor(2.0))
+entropy = -(all_logits.softmax(-1)
+            * all_logits.log_softmax(-1)).sum(-1) / torch.log(torch.tensor(2.0))
 place = int((entropy[3:-1] - 3).abs().argmin()) + 3
 here = all_logits[place : place + 1].cpu()  # (1, V)
-print(f"{entropy[place]:.1f} bits after {tokenizer.decode(text_ids[0, max(0, place - 12) : place + 1].tolist())!r}")
+print(f"{entropy[place]:.1f} bits after "
+      f"{tokenizer.decode(text_ids[0, max(0, place - 12) : place + 1].tolist())!r}")
 
 # %% [markdown]
 # **Before you run this**: the curve for 0.5 and the curve for 2 cross. On which side of the crossing is the hot one higher?
@@ -137,10 +147,12 @@ print(f"{entropy[place]:.1f} bits after {tokenizer.decode(text_ids[0, max(0, pla
 fig, ax = plt.subplots(figsize=(7, 3))
 for tau, marker in ((0.5, "o"), (1.0, "s"), (2.0, "^")):
     ranked = (here / tau).softmax(-1)[0].sort(descending=True).values[:40]
-    ax.plot(range(1, 41), ranked, marker=marker, markersize=3, label=f"temperature {tau}")
+    ax.plot(range(1, 41), ranked, marker=marker, markersize=3,
+            label=f"temperature {tau}")
 ax.set(xlabel="rank of the token", ylabel="probability", yscale="log")
 ax.legend()
-show(fig, "A low temperature gives more to the first few tokens and takes it from the long tail; a high one does the reverse.")
+show(fig, "A low temperature gives more to the first few tokens and takes it from the "
+          "long tail; a high one does the reverse.")
 
 # %% [markdown]
 # **Exercise 10.1 (10 min, ★).** Find the temperature at which this distribution has half its entropy. Use bisection.
@@ -156,7 +168,8 @@ show(fig, "A low temperature gives more to the first few tokens and takes it fro
 # %% id="generate-top-k"
 #| export
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the k largest of logits (B, V) and ties of the last of them; the others become -inf.
+    """Keep the k largest of logits (B, V) and ties of the last of them; the others
+    become -inf.
 
     Fan et al. 2018, arXiv:1805.04833.
     """
@@ -171,9 +184,12 @@ def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 # %% id="generate-top-p"
 #| export
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the fewest tokens whose probabilities add up to at least p (Holtzman et al. 2019, arXiv:1904.09751)."""
+    """Keep the fewest tokens whose probabilities add up to at least p (Holtzman et al.
+    2019, arXiv:1904.09751).
+    """
     probabilities, order = logits.softmax(-1).sort(descending=True)  # (B, V) each
-    before = probabilities.cumsum(-1) - probabilities  # what the better tokens already add up to
+    # what the better tokens already add up to
+    before = probabilities.cumsum(-1) - probabilities
     drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= p)
     return logits.masked_fill(drop, -torch.inf)
 
@@ -184,9 +200,12 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 # %% id="generate-min-p"
 #| export
 def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep tokens at least p times as probable as the most probable one (Nguyen et al. 2024, arXiv:2407.01082)."""
+    """Keep tokens at least p times as probable as the most probable one (Nguyen et al.
+    2024, arXiv:2407.01082).
+    """
     probabilities = logits.softmax(-1)
-    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True), -torch.inf)
+    return logits.masked_fill(probabilities < p * probabilities.amax(-1, keepdim=True),
+                              -torch.inf)
 
 # %% [markdown]
 # Check all three on four tokens whose probabilities you can see. Work the three lines out on paper first.
@@ -195,7 +214,8 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 four = torch.tensor([[0.5, 0.25, 0.15, 0.1]]).log()
 kept = lambda logits: logits.isfinite()[0].tolist()
 assert kept(keep_top_k(four, 2)) == [True, True, False, False]
-assert kept(keep_top_p(four, 0.8)) == [True, True, True, False]  # 0.5 + 0.25 is not 0.8 yet
+# 0.5 + 0.25 is not 0.8 yet
+assert kept(keep_top_p(four, 0.8)) == [True, True, True, False]
 assert kept(keep_min_p(four, 0.25)) == [True, True, True, False]  # at least 0.25 * 0.5
 
 # %% [markdown]
@@ -204,19 +224,23 @@ assert kept(keep_min_p(four, 0.25)) == [True, True, True, False]  # at least 0.2
 
 # %% id="generate-repetition-penalty"
 #| export
-def penalise_repetition(logits: torch.Tensor, previous: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Make the tokens in `previous` (B, n) less likely: divide positive logits, multiply negative ones.
+def penalise_repetition(logits: torch.Tensor, previous: torch.Tensor,
+                        penalty: float) -> torch.Tensor:
+    """Make the tokens in `previous` (B, n) less likely: divide positive logits,
+    multiply negative ones.
 
     Keskar et al. 2019, arXiv:1909.05858.
     """
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, previous, True)
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    return torch.where(seen, torch.where(logits > 0, logits / penalty,
+                                         logits * penalty), logits)
 
 # %% [markdown]
 # A token with logit 3 and one with logit -3, both seen before. Both must go down:
 
 # %% id="generate-repetition-by-hand"
-after = penalise_repetition(torch.tensor([[3.0, -3.0, 1.0]]), previous=torch.tensor([[0, 1]]), penalty=1.5)
+after = penalise_repetition(torch.tensor([[3.0, -3.0, 1.0]]),
+                            previous=torch.tensor([[0, 1]]), penalty=1.5)
 assert after.tolist() == [[2.0, -4.5, 1.0]]
 
 # %% [markdown]
@@ -235,10 +259,11 @@ def sample_next(
     previous: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Choose one token for each row of logits (B, V): ids (B,). Temperature 0 takes the most probable token.
+    """Choose one token for each row of logits (B, V): ids (B,). Temperature 0 takes the
+    most probable token.
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p. `previous` (B, n) holds the
-    tokens so far, for the penalty.
+    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p.
+    `previous` (B, n) holds the tokens so far, for the penalty.
     """
     if repetition_penalty != 1.0 and previous is not None:
         logits = penalise_repetition(logits, previous, repetition_penalty)
@@ -257,17 +282,20 @@ def sample_next(
 # Is a draw really as probable as it says? Draw many times and count.
 
 # %% id="generate-count-draws"
-draws = sample_next(here.expand(chapter.size.draws, -1), temperature=1.0, generator=torch.Generator().manual_seed(1))
+draws = sample_next(here.expand(chapter.size.draws, -1), temperature=1.0,
+                    generator=torch.Generator().manual_seed(1))
 share = torch.bincount(draws, minlength=here.shape[1]) / len(draws)
 worst = (share - here.softmax(-1)[0]).abs().max()
-print(f"largest difference between probability and share of {len(draws):,} draws: {worst:.4f}")
+print(f"largest difference between probability and share of {len(draws):,} draws: "
+      f"{worst:.4f}")
 assert worst < 5 * 0.5 / len(draws) ** 0.5  # five standard errors of a share
 
 # %% [markdown]
 # Now all six ways on the same real distribution. Grey bars are what the model said, dark bars what is left to draw from.
 
 # %% id="generate-draw-choice"
-def chances(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, penalty=1.0, previous=None):
+def chances(logits, temperature=1.0, top_k=None, top_p=None, min_p=None, penalty=1.0,
+            previous=None):
     """Probabilities from which sample_next would draw, (V,)."""
     logits = penalise_repetition(logits, previous, penalty) if penalty != 1 else logits
     logits = logits / max(temperature, 1e-4)
@@ -281,21 +309,25 @@ def draw_bars(ax, title, **settings):
     ax.bar(range(16), here.softmax(-1)[0, order], color="0.8")
     ax.bar(range(16), chances(here, **settings)[order], width=0.45, color="C0")
     ax.set(title=title, xticks=range(16))
-    ax.set_xticklabels([tokenizer.decode([t]).strip() or "·" for t in order.tolist()], rotation=90, fontsize=6)
+    ax.set_xticklabels([tokenizer.decode([t]).strip() or "·" for t in order.tolist()],
+                       rotation=90, fontsize=6)
 
 # %% [markdown]
 # The penalty panel treats the two best tokens as if they stood in the text already.
 
 # %% id="generate-six-choices"
-six = {"greedy (temperature 0)": {"temperature": 0.0}, "temperature 2": {"temperature": 2.0}, "top-k 5": {"top_k": 5},
-       "top-p 0.7": {"top_p": 0.7}, "min-p 0.3": {"min_p": 0.3}, "penalty 1.3 on the first two": {"penalty": 1.3, "previous": order[None, :2]}}
+six = {"greedy (temperature 0)": {"temperature": 0.0},
+       "temperature 2": {"temperature": 2.0}, "top-k 5": {"top_k": 5},
+       "top-p 0.7": {"top_p": 0.7}, "min-p 0.3": {"min_p": 0.3},
+       "penalty 1.3 on the first two": {"penalty": 1.3, "previous": order[None, :2]}}
 fig, axes = plt.subplots(2, 3, figsize=(7, 4.2), sharey=True)
 for ax, (title, settings) in zip(axes.flat, six.items()):
     draw_bars(ax, title, **settings)
     ax.set_ylim(0, min(1, 3 * here.softmax(-1).max().item()))
 axes[0, 0].set_ylabel("probability")
 axes[1, 0].set_ylabel("probability")
-show(fig, "Six ways to change one distribution: grey is the model's, blue is what is drawn from; the greedy bar runs up to 1.")
+show(fig, "Six ways to change one distribution: grey is the model's, blue is what is "
+          "drawn from; the greedy bar runs up to 1.")
 
 # %% [markdown]
 # Read the panels one by one. *Greedy* puts everything on one bar. *Temperature 2* lowers the first bars and lifts all others, most of which lie outside of
@@ -310,13 +342,16 @@ show(fig, "Six ways to change one distribution: grey is the model's, blue is wha
 # %% id="generate-widget" tags=["widget"]
 def explore(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, penalty=1.0):
     fig, ax = plt.subplots(figsize=(6, 2.6))
-    draw_bars(ax, "", temperature=temperature, top_k=top_k, top_p=top_p if top_p < 1 else None, min_p=min_p, penalty=penalty, previous=order[None, :2])
+    draw_bars(ax, "", temperature=temperature, top_k=top_k, top_p=top_p if top_p < 1
+              else None, min_p=min_p, penalty=penalty, previous=order[None, :2])
     ax.set_ylabel("probability")
-    show(fig, f"{int((chances(here, temperature, top_k, top_p if top_p < 1 else None, min_p) > 0).sum())} tokens are left to draw from.")
+    show(fig,
+         f"{int((chances(here, temperature, top_k, top_p if top_p < 1 else None, min_p) > 0).sum())} tokens are left to draw from.")
 
 try:
     from ipywidgets import interact
-    interact(explore, temperature=(0.1, 3.0, 0.1), top_k=(0, 16), top_p=(0.05, 1.0, 0.05), min_p=(0.0, 1.0, 0.05), penalty=(1.0, 2.0, 0.1))
+    interact(explore, temperature=(0.1, 3.0, 0.1), top_k=(0, 16),
+             top_p=(0.05, 1.0, 0.05), min_p=(0.0, 1.0, 0.05), penalty=(1.0, 2.0, 0.1))
 except ImportError:
     explore(top_p=0.7)
 
@@ -325,14 +360,18 @@ except ImportError:
 
 # %% id="generate-candidates-along"
 length = min(60, len(all_logits) - 1)
-rules = {"top-k 20": lambda z: keep_top_k(z, 20), "top-p 0.9": lambda z: keep_top_p(z, 0.9), "min-p 0.1": lambda z: keep_min_p(z, 0.1)}
-counts = {name: rule(all_logits[:length]).isfinite().sum(-1).cpu() for name, rule in rules.items()}
+rules = {"top-k 20": lambda z: keep_top_k(z, 20),
+         "top-p 0.9": lambda z: keep_top_p(z, 0.9),
+         "min-p 0.1": lambda z: keep_min_p(z, 0.1)}
+counts = {name: rule(all_logits[:length]).isfinite().sum(-1).cpu()
+          for name, rule in rules.items()}
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for (name, count), marker in zip(counts.items(), "os^"):
     ax.plot(count, marker=marker, markersize=3, label=name)
 ax.set(xlabel="position in the text (tokens)", ylabel="tokens kept", yscale="log")
 ax.legend()
-show(fig, "Top-k keeps 20 everywhere; top-p and min-p keep one token where the model is sure and many where it is not.")
+show(fig, "Top-k keeps 20 everywhere; top-p and min-p keep one token where the model "
+          "is sure and many where it is not.")
 
 # %% [markdown]
 # Follow the lines. Inside a word, or after "said", there is one possible continuation, and two of the rules find that out by themselves. At the start of a sentence
@@ -341,7 +380,8 @@ show(fig, "Top-k keeps 20 everywhere; top-p and min-p keep one token where the m
 
 # %% id="generate-candidates-check"
 assert (counts["top-k 20"] >= 20).all()
-assert counts["top-p 0.9"].min() < counts["top-p 0.9"].max() and counts["min-p 0.1"].min() < counts["min-p 0.1"].max()
+for name in ("top-p 0.9", "min-p 0.1"):
+    assert counts[name].min() < counts[name].max()
 
 # %% [markdown]
 # **Exercise 10.2 (15 min, ★★).** Swap temperature and top-p: cut first, then heat. Which pairs of settings give other candidates?
@@ -357,7 +397,8 @@ assert counts["top-p 0.9"].min() < counts["top-p 0.9"].max() and counts["min-p 0
 P, N = 128, 256
 again = sum(range(P, P + N))
 once = P + N - 1
-print(f"positions read: {again:,} without a cache, {once} with one: {again / once:.0f} times as many")
+print(f"positions read: {again:,} without a cache, {once} with one: {again / once:.0f} "
+      "times as many")
 
 # %% [markdown]
 # What could we keep? A position looks back only, never ahead (chapter 4). So a token that comes later cannot change the keys and
@@ -381,10 +422,12 @@ for ax, cached in zip(axes, (False, True)):
         work[step, : step + 5] = 0.35 if cached else 1.0
         work[step, step + 4 if cached and step else 0 : step + 5] = 1.0
     ax.imshow(work, cmap="Greys", vmin=0, vmax=1.2, aspect="auto")
-    ax.set(title="with a cache" if cached else "without", xlabel="position", xticks=range(0, 12, 2))
+    ax.set(title="with a cache" if cached else "without", xlabel="position",
+           xticks=range(0, 12, 2))
     ax.grid(False)
 axes[0].set_ylabel("new token number")
-show(fig, "Positions read for each of eight new tokens after a prompt of five: dark is computed, light comes from the cache.")
+show(fig, "Positions read for each of eight new tokens after a prompt of five: dark is "
+          "computed, light comes from the cache.")
 
 # %% [markdown]
 # The memory is set aside once, for the longest text that can come. A cache that grows by `torch.cat` copies everything at each
@@ -395,13 +438,17 @@ show(fig, "Positions read for each of eight new tokens after a prompt of five: d
 # %% id="generate-kv-cache"
 #| export
 class KVCache:
-    """Keys and values of all positions so far, of all layers, in memory that is set aside once.
+    """Keys and values of all positions so far, of all layers, in memory that is set
+    aside once.
 
-    Memory in bytes: 2 * layers * B * K * max_length * D * bytes per number. `update` is what attention calls.
+    Memory in bytes: 2 * layers * B * K * max_length * D * bytes per number. `update` is
+    what attention calls.
     """
 
-    def __init__(self, config, batch_size: int, max_length: int, device=None, dtype: torch.dtype | None = None):
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)  # (B, K, S, D)
+    def __init__(self, config, batch_size: int, max_length: int, device=None,
+                 dtype: torch.dtype | None = None):
+        shape = (batch_size, config.num_key_value_heads, max_length,
+                 config.head_dim)  # (B, K, S, D)
         layers = range(config.num_hidden_layers)
         self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in layers]
@@ -413,11 +460,15 @@ class KVCache:
         """Positions that every layer holds."""
         return self.filled[-1]
 
-    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k and v (B, K, T, D) behind what is there; return all so far, (B, K, S, D), as views."""
+    def update(self, k: torch.Tensor, v: torch.Tensor,
+               layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write k and v (B, K, T, D) behind what is there; return all so far, (B, K, S,
+        D), as views.
+        """
         start, end = self.filled[layer_idx], self.filled[layer_idx] + k.shape[2]
         if end > self.max_length:
-            raise ValueError(f"the cache holds {self.max_length} positions and {end} are needed: make it longer")
+            raise ValueError(f"the cache holds {self.max_length} positions and {end} "
+                             "are needed: make it longer")
         self.keys[layer_idx][:, :, start:end] = k
         self.values[layer_idx][:, :, start:end] = v
         self.filled[layer_idx] = end
@@ -442,12 +493,14 @@ assert torch.allclose(step, whole, atol=1e-4)
 
 # %% id="generate-cache-bytes"
 def cache_bytes(config, batch_size, length, bytes_per_number=4):
-    return 2 * config.num_hidden_layers * batch_size * config.num_key_value_heads * length * config.head_dim * bytes_per_number
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * batch_size * length * bytes_per_number
 
 held = sum(t.nbytes for t in cache.keys + cache.values)
 assert held == cache_bytes(model.config, 1, 33)
 per_token, weights = cache_bytes(model.config, 1, 1), 4 * model.num_parameters()
-print(f"{per_token:,} bytes a token; {weights // per_token:,} tokens of cache weigh as much as the model")
+print(f"{per_token:,} bytes a token; {weights // per_token:,} tokens of cache weigh as "
+      "much as the model")
 
 # %% [markdown]
 # **Exercise 10.4 (10 min, ★).** How much would the cache take if every query head had its own keys and values (K = H)? See chapter 4.
@@ -458,13 +511,17 @@ print(f"{per_token:,} bytes a token; {weights // per_token:,} tokens of cache we
 # %% id="generate-check-request"
 #| export
 def check_request(config, input_ids: torch.Tensor, max_new_tokens: int) -> None:
-    """ValueError in plain words for a prompt that this model cannot continue by `max_new_tokens`."""
+    """ValueError in plain words for a prompt that this model cannot continue by
+    `max_new_tokens`.
+    """
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (B, T) with at least one token per row")
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (B, T) "
+                         "with at least one token per row")
     T, room = input_ids.shape[1], config.max_position_embeddings
     if T + max_new_tokens > room:
         raise ValueError(
-            f"{T} prompt tokens and {max_new_tokens} new ones are {T + max_new_tokens} positions, this model has {room}: "
+            f"{T} prompt tokens and {max_new_tokens} new ones are {T + max_new_tokens} "
+            f"positions, this model has {room}: "
             f"shorten the prompt or ask for at most {max(room - T, 0)} new tokens"
         )
 
@@ -476,13 +533,16 @@ def check_request(config, input_ids: torch.Tensor, max_new_tokens: int) -> None:
 def start_ids(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, end: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Memory for `end` tokens with the prompt in it, (B, end); and, for padded rows, mask (B, end) and positions (B, end)."""
+    """Memory for `end` tokens with the prompt in it, (B, end); and, for padded rows,
+    mask (B, end) and positions (B, end).
+    """
     B, T = input_ids.shape
     ids = input_ids.new_zeros(B, end)
     if attention_mask is None:
         ids[:, :T] = input_ids
         return ids, None, None
-    ids[:, :T] = torch.where(attention_mask.bool(), input_ids, input_ids[:, -1:])  # padding must not count as repetition
+    # padding must not count as repetition
+    ids[:, :T] = torch.where(attention_mask.bool(), input_ids, input_ids[:, -1:])
     mask = torch.cat((attention_mask, attention_mask.new_ones(B, end - T)), dim=1)
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
@@ -508,19 +568,25 @@ def next_tokens(
     seed: int | None = None,
     **sampling,
 ) -> Iterator[torch.Tensor]:
-    """Yield the next token of every row, (B,), up to `max_new_tokens` times; a stopped row repeats the first stop id."""
+    """Yield the next token of every row, (B,), up to `max_new_tokens` times; a stopped
+    row repeats the first stop id.
+    """
     check_request(model.config, input_ids, max_new_tokens)
-    (B, T), device, end = input_ids.shape, input_ids.device, input_ids.shape[1] + max_new_tokens
+    (B, T), device = input_ids.shape, input_ids.device
+    end = T + max_new_tokens
     ids, mask, positions = start_ids(input_ids, attention_mask, end)
-    cache = KVCache(model.config, B, end, device, next(model.parameters()).dtype) if use_cache else None
+    cache = KVCache(model.config, B, end, device,
+                    next(model.parameters()).dtype) if use_cache else None
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     stops = torch.tensor(list(stop_ids), dtype=torch.long, device=device)
     stopped = torch.zeros(B, dtype=torch.bool, device=device)
     start = 0  # with a cache, later steps read one new position only
     for now in range(T, end):
-        padding = {} if mask is None else {"attention_mask": mask[:, :now], "position_ids": positions[:, start:now]}
+        padding = {} if mask is None else {"attention_mask": mask[:, :now],
+                                           "position_ids": positions[:, start:now]}
         logits = model(ids[:, start:now], kv_cache=cache, **padding)[:, -1]  # (B, V)
-        chosen = sample_next(logits, previous=ids[:, :now], generator=generator, **sampling)
+        chosen = sample_next(logits, previous=ids[:, :now], generator=generator,
+                             **sampling)
         if len(stops):
             chosen = torch.where(stopped, stops[0], chosen)
             stopped |= torch.isin(chosen, stops)
@@ -535,11 +601,13 @@ def next_tokens(
 
 # %% id="generate-generate"
 #| export
-def generate(model, input_ids: torch.Tensor, max_new_tokens: int = 64, **options) -> torch.Tensor:
+def generate(model, input_ids: torch.Tensor, max_new_tokens: int = 64,
+             **options) -> torch.Tensor:
     """Continue every row of input_ids (B, T) by up to `max_new_tokens`: (B, T + new).
 
-    Options are those of `next_tokens` and `sample_next`. Rows that reach a stop id early are filled up with the first
-    stop id; generation ends when all have stopped. For rows of unequal length see `generate_batch`.
+    Options are those of `next_tokens` and `sample_next`. Rows that reach a stop id
+    early are filled up with the first stop id; generation ends when all have stopped.
+    For rows of unequal length see `generate_batch`.
     """
     model.eval()
     new = list(next_tokens(model, input_ids, max_new_tokens, **options))
@@ -550,14 +618,17 @@ def generate(model, input_ids: torch.Tensor, max_new_tokens: int = 64, **options
 
 # %% id="generate-same-tokens"
 assert (generate(model, prompt, 20) == by_hand).all()
-with_cache, without = (generate(model, prompt, 64, use_cache=use_cache) for use_cache in (True, False))
+with_cache, without = (generate(model, prompt, 64, use_cache=use_cache)
+                       for use_cache in (True, False))
 assert (with_cache == without).all()
 
 # %% [markdown]
 # Greedy text first, then three draws from the same prompt. The last two have the same heat; one has its tail cut.
 
 # %% id="generate-samples"
-samples = {"greedy": {}, "temperature 0.8": {"temperature": 0.8}, "temperature 2": {"temperature": 2.0}, "temperature 2, min-p 0.1": {"temperature": 2.0, "min_p": 0.1}}
+samples = {"greedy": {}, "temperature 0.8": {"temperature": 0.8},
+           "temperature 2": {"temperature": 2.0},
+           "temperature 2, min-p 0.1": {"temperature": 2.0, "min_p": 0.1}}
 for name, settings in samples.items():
     out = generate(model, prompt, 40, stop_ids=(tokenizer.eos_id,), seed=3, **settings)
     print(f"{name}: {tokenizer.decode(out[0].tolist(), skip_special=True)}\n")
@@ -572,15 +643,18 @@ import time
 def seconds_per_token(use_cache):
     """Seconds that each new token took."""
     last, seconds = time.perf_counter(), []
-    for _ in next_tokens(model, long_prompt, chapter.size.new_tokens, use_cache=use_cache):
+    for _ in next_tokens(model, long_prompt, chapter.size.new_tokens,
+                         use_cache=use_cache):
         now = time.perf_counter()
         seconds.append(now - last)
         last = now
     return torch.tensor(seconds)
 
 stream_ids = tokenizer.encode(" ".join(valid_texts[:60]))
-long_prompt = torch.tensor([stream_ids[: chapter.size.prompt_tokens]], device=chapter.device)
-runs = [(seconds_per_token(True), seconds_per_token(False)) for _ in range(chapter.size.repeats)]  # in turn, so noise meets both
+long_prompt = torch.tensor([stream_ids[: chapter.size.prompt_tokens]],
+                           device=chapter.device)
+runs = [(seconds_per_token(True), seconds_per_token(False))
+        for _ in range(chapter.size.repeats)]  # in turn, so noise meets both
 fast, slow = (torch.stack(times).median(0).values for times in zip(*runs))  # (N,) each
 
 # %% [markdown]
@@ -590,9 +664,11 @@ fast, slow = (torch.stack(times).median(0).values for times in zip(*runs))  # (N
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for times, name in ((slow, "without a cache"), (fast, "with a cache")):
     ax.plot(range(1, len(times)), 1000 * times[1:], label=name)
-ax.set(xlabel=f"new token number (after a prompt of {chapter.size.prompt_tokens})", ylabel="milliseconds per token", ylim=(0, None))
+ax.set(xlabel=f"new token number (after a prompt of {chapter.size.prompt_tokens})",
+       ylabel="milliseconds per token", ylim=(0, None))
 ax.legend()
-show(fig, "Without a cache each token takes longer than the one before; with a cache the time per token stays flat.")
+show(fig, "Without a cache each token takes longer than the one before; with a cache "
+          "the time per token stays flat.")
 
 # %% [markdown]
 # Why not 170 times? A step with the cache does little arithmetic, but it calls some hundred small operations, and each costs a few microseconds
@@ -603,7 +679,8 @@ show(fig, "Without a cache each token takes longer than the one before; with a c
 # This is the claim of the chapter. The time includes reading the prompt, which both do once.
 
 # %% id="generate-speedup"
-print(f"{len(fast) / fast.sum():.0f} tokens per second with a cache, {len(slow) / slow.sum():.0f} without")
+print(f"{len(fast) / fast.sum():.0f} tokens per second with a cache, "
+      f"{len(slow) / slow.sum():.0f} without")
 rate = chapter.record("generate/tokens_per_second", float(len(fast) / fast.sum()))
 speedup = check("generate/cache_speedup", float(slow.sum() / fast.sum()))
 
@@ -617,7 +694,8 @@ speedup = check("generate/cache_speedup", float(slow.sum() / fast.sum()))
 
 # %% id="generate-three-prompts"
 prompts = [tokenizer.encode(text)[:n] for text, n in zip(valid_texts[1:4], (4, 9, 16))]
-alone = [generate(model, torch.tensor([p], device=chapter.device), 16)[0, len(p) :].tolist() for p in prompts]
+alone = [generate(model, torch.tensor([p], device=chapter.device),
+                  16)[0, len(p) :].tolist() for p in prompts]
 for p, new in zip(prompts, alone):
     print(f"{tokenizer.decode(p)!r} -> {tokenizer.decode(new)!r}")
 
@@ -627,13 +705,16 @@ for p, new in zip(prompts, alone):
 
 # %% id="generate-right-padding-fails"
 T = max(map(len, prompts))
-right = torch.tensor([p + [tokenizer.eos_id] * (T - len(p)) for p in prompts], device=chapter.device)
+right = torch.tensor([p + [tokenizer.eos_id] * (T - len(p)) for p in prompts],
+                     device=chapter.device)
 wrong = generate(model, right, 16)[:, T:].tolist()
 print("same as alone:", [w == a for w, a in zip(wrong, alone)])
 with torch.inference_mode():
-    next_alone = [model(torch.tensor([p], device=chapter.device))[0, -1] for p in prompts]
+    next_alone = [model(torch.tensor([p], device=chapter.device))[0, -1]
+                  for p in prompts]
     next_padded = model(right)[:, -1]
-assert torch.allclose(next_padded[-1], next_alone[-1], atol=1e-3)  # the longest prompt has no padding
+# the longest prompt has no padding
+assert torch.allclose(next_padded[-1], next_alone[-1], atol=1e-3)
 assert not torch.allclose(next_padded[0], next_alone[0], atol=1e-1)
 
 # %% [markdown]
@@ -642,8 +723,11 @@ assert not torch.allclose(next_padded[0], next_alone[0], atol=1e-1)
 
 # %% id="generate-left-pad"
 #| export
-def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0, device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of unequal length as ids (B, T) with padding on the left, and the mask (B, T) that is 1 for real tokens."""
+def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0,
+             device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of unequal length as ids (B, T) with padding on the left, and the mask (B,
+    T) that is 1 for real tokens.
+    """
     T = max(map(len, prompts))
     ids = [[pad_id] * (T - len(row)) + list(row) for row in prompts]
     real = [[0] * (T - len(row)) + [1] * len(row) for row in prompts]
@@ -657,11 +741,14 @@ padded, real = left_pad(prompts, tokenizer.eos_id)
 ids, mask, positions = start_ids(padded, real, T + 3)
 fig, ax = plt.subplots(figsize=(7, 1.9))
 ax.imshow(mask, cmap="Greys", vmin=0, vmax=3, aspect="auto")
-for (row, column), position in zip(mask.nonzero().tolist(), positions[mask.bool()].tolist()):
-    ax.text(column, row, position, ha="center", va="center", fontsize=7, color="C1" if column >= T else "black")
+for (row, column), position in zip(mask.nonzero().tolist(),
+                                   positions[mask.bool()].tolist()):
+    ax.text(column, row, position, ha="center", va="center", fontsize=7,
+            color="C1" if column >= T else "black")
 ax.set(xlabel="column", ylabel="prompt", yticks=range(3), xticks=range(0, T + 3, 2))
 ax.grid(False)
-show(fig, "Three prompts padded on the left: white is padding that nobody sees, numbers are positions, new tokens in orange continue each row.")
+show(fig, "Three prompts padded on the left: white is padding that nobody sees, "
+          "numbers are positions, new tokens in orange continue each row.")
 
 # %% [markdown]
 # One trap is inside the mask. A padded position may look at nobody, and a softmax over nothing is 0/0. Nobody should care, since nobody looks
@@ -680,16 +767,21 @@ assert torch.isnan(torch.tensor(0.0) * torch.nan)
 # %% id="generate-generate-batch"
 #| export
 def generate_batch(
-    model, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, stop_ids: Sequence[int] = (), batch_size: int = 64, **options
+    model, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64,
+    stop_ids: Sequence[int] = (), batch_size: int = 64, **options
 ) -> list[list[int]]:
-    """Continue many prompts (lists of ids) at once: for each its new tokens, without prompt and stop token."""
+    """Continue many prompts (lists of ids) at once: for each its new tokens, without
+    prompt and stop token.
+    """
     device, answers = next(model.parameters()).device, []
     for first in range(0, len(prompts), batch_size):
         ids, real = left_pad(prompts[first : first + batch_size], device=device)
         mask = None if real.all() else real
-        out = generate(model, ids, max_new_tokens, stop_ids=stop_ids, attention_mask=mask, **options)
+        out = generate(model, ids, max_new_tokens, stop_ids=stop_ids,
+                       attention_mask=mask, **options)
         for row in out[:, ids.shape[1] :].tolist():
-            stop = next((i for i, token in enumerate(row) if token in stop_ids), len(row))
+            stop = next((i for i, token in enumerate(row) if token in stop_ids),
+                        len(row))
             answers.append(row[:stop])
     return answers
 
@@ -729,7 +821,8 @@ assert "".join(pieces) != word and tokenizer.decode(tokenizer.encode(word)) == w
 
 # %% id="generate-incremental"
 decoder = codecs.getincrementaldecoder("utf-8")("replace")
-pieces = [decoder.decode(tokenizer.decode_bytes([token])) for token in tokenizer.encode(word)]
+pieces = [decoder.decode(tokenizer.decode_bytes([token]))
+          for token in tokenizer.encode(word)]
 print(pieces)
 assert "".join(pieces) == word
 
@@ -739,11 +832,14 @@ assert "".join(pieces) == word
 # %% id="generate-stream"
 #| export
 def stream(
-    model, tokenizer, input_ids: torch.Tensor, max_new_tokens: int = 64, stop_ids: Sequence[int] = (), **options
+    model, tokenizer, input_ids: torch.Tensor, max_new_tokens: int = 64,
+    stop_ids: Sequence[int] = (), **options
 ) -> Iterator[str]:
-    """Yield the continuation of input_ids (1, T) as text, piece by piece, without the stop token.
+    """Yield the continuation of input_ids (1, T) as text, piece by piece, without the
+    stop token.
 
-    A character may be spread over several tokens; its bytes are held back until it is whole.
+    A character may be spread over several tokens; its bytes are held back until it is
+    whole.
     """
     model.eval()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -765,7 +861,8 @@ for piece in stream(model, tokenizer, prompt, 60, stop_ids=(tokenizer.eos_id,)):
     written += piece
     times.append(time.perf_counter() - clock)
 print(written)
-print(f"first piece after {1000 * times[0]:.0f} ms, all {len(times)} after {1000 * times[-1]:.0f} ms")
+print(f"first piece after {1000 * times[0]:.0f} ms, all {len(times)} after "
+      f"{1000 * times[-1]:.0f} ms")
 assert "<|endoftext|>" not in written
 
 # %% [markdown]
@@ -803,9 +900,12 @@ S = model.config.max_position_embeddings
 S = min(S, chapter.size.context_length)
 stream_ids = tokenizer.encode_batch(valid_texts)
 flat = torch.tensor([t for row in stream_ids for t in [*row, tokenizer.eos_id]])
-rows = flat[: len(flat) // (S + 1) * (S + 1)].view(-1, S + 1)[: chapter.size.context_rows].to(chapter.device)
+whole = len(flat) // (S + 1) * (S + 1)
+rows = flat[:whole].view(-1, S + 1)[: chapter.size.context_rows].to(chapter.device)
 with torch.inference_mode():
-    losses = torch.stack([F.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="none") for row in rows]).mean(0).cpu()
+    losses = torch.stack([F.cross_entropy(model(row[None, :-1])[0], row[1:],
+                                          reduction="none")
+                                          for row in rows]).mean(0).cpu()
 
 # %% [markdown]
 # Single positions jump up and down with the words that happen to stand there, so we smooth.
@@ -815,7 +915,8 @@ smooth = losses.unfold(0, 64, 8).mean(-1) / torch.log(torch.tensor(2.0))
 fig, ax = plt.subplots(figsize=(7, 2.6))
 ax.plot(torch.arange(len(smooth)) * 8 + 32, smooth)
 ax.set(xlabel="position (tokens)", ylabel="bits per token", ylim=(0, None))
-show(fig, f"Loss by position over {len(rows)} rows of new text, mean of 64 neighbours: look for the place where it starts to rise.")
+show(fig, f"Loss by position over {len(rows)} rows of new text, mean of 64 neighbours: "
+          "look for the place where it starts to rise.")
 
 # %% [markdown]
 # A rise marks the length that training really covered. Beyond it, the rotations of chapter 5 reach angles between far positions that no training step has
@@ -857,13 +958,15 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[MiniMind, Tokenizer]:
     """Model and tokenizer of a checkpoint folder; ChatError when it is none."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ChatError(f"{folder} is not a folder: give a checkpoint folder such as runs/latest/artifacts/sft")
+        raise ChatError(f"{folder} is not a folder: give a checkpoint folder such as "
+                        "runs/latest/artifacts/sft")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise ChatError(f"{folder} has no {name}: a checkpoint folder holds config.json, model.safetensors and tokenizer.json")
+            raise ChatError(f"{folder} has no {name}: a checkpoint folder holds "
+                            "config.json, model.safetensors and tokenizer.json")
     try:
         return MiniMind.from_pretrained(folder).to(device).eval(), Tokenizer.from_pretrained(folder)
-    except Exception as error:  # a broken file can fail in many ways: the reader needs the file and the reason, no traceback
+    except Exception as error:  # a broken file can fail in many ways; no traceback for those
         raise ChatError(f"{folder} cannot be loaded: {error}") from error
 
 # %% [markdown]
@@ -872,7 +975,9 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[MiniMind, Tokenizer]:
 # %% id="generate-chat-stops"
 #| export chat
 def stop_tokens(folder: str | Path, tokenizer: Tokenizer) -> list[int]:
-    """Tokens that end an answer: the template's, and those that generation_config.json or config.json name."""
+    """Tokens that end an answer: the template's, and those that generation_config.json
+    or config.json name.
+    """
     stops = {tokenizer.eos_id, tokenizer.im_end_id}
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
@@ -887,7 +992,9 @@ def stop_tokens(folder: str | Path, tokenizer: Tokenizer) -> list[int]:
 # %% id="generate-chat-reply"
 #| export chat
 def fit(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[list[int], int]:
-    """Tokens of the newest turns that fit into `room`, and how many of the oldest messages were left out."""
+    """Tokens of the newest turns that fit into `room`, and how many of the oldest
+    messages were left out.
+    """
     kept, system = list(messages), [m for m in messages[:1] if m["role"] == "system"]
     kept = kept[len(system) :]
     while True:
@@ -896,20 +1003,26 @@ def fit(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[list[int
             break
         kept = kept[2:]  # one question with its answer
     if len(ids) > room:
-        raise ChatError(f"the message is {len(ids)} tokens long and {room} fit: shorten it, or lower --max-new-tokens")
+        raise ChatError(f"the message is {len(ids)} tokens long and {room} fit: "
+                        "shorten it, or lower --max-new-tokens")
     return ids, len(messages) - len(system) - len(kept)
 
 
 def reply(
-    model: MiniMind, tokenizer: Tokenizer, messages: list[dict], stop_ids: list[int], max_new_tokens: int = 128, **options
+    model: MiniMind, tokenizer: Tokenizer, messages: list[dict], stop_ids: list[int],
+    max_new_tokens: int = 128, **options
 ) -> Iterator[str]:
-    """Yield the assistant's answer to `messages` piece by piece, leaving out the oldest turns when they do not fit."""
+    """Yield the assistant's answer to `messages` piece by piece, leaving out the oldest
+    turns when they do not fit.
+    """
     room = model.config.max_position_embeddings - max_new_tokens
     ids, left_out = fit(tokenizer, messages, room)
     if left_out:
-        print(f"(the oldest {left_out} messages no longer fit into {room} tokens and are left out)", file=sys.stderr)
+        print(f"(the oldest {left_out} messages no longer fit into {room} tokens and "
+              "are left out)", file=sys.stderr)
     device = next(model.parameters()).device
-    yield from stream(model, tokenizer, torch.tensor([ids], device=device), max_new_tokens, stop_ids, **options)
+    yield from stream(model, tokenizer, torch.tensor([ids], device=device),
+                      max_new_tokens, stop_ids, **options)
 
 # %% [markdown]
 # The options:
@@ -920,15 +1033,21 @@ def parser() -> argparse.ArgumentParser:
     """The command line of `python -m minimind.chat`."""
     p = argparse.ArgumentParser(
         prog="python -m minimind.chat",
-        description="Talk to the model in a checkpoint folder: ours, or a Hugging Face Qwen3 or Llama folder. Needs no network.",
+        description="Talk to the model in a checkpoint folder: ours, or a Hugging Face "
+                    "Qwen3 or Llama folder. Needs no network.",
         epilog='example: python -m minimind.chat runs/latest/artifacts/sft --prompt "Where does Garus live?"',
     )
-    p.add_argument("folder", help="folder with config.json, model.safetensors and tokenizer.json")
+    p.add_argument("folder", help="folder with config.json, model.safetensors and "
+                                  "tokenizer.json")
     p.add_argument("--prompt", help="answer this one message and stop")
     p.add_argument("--system", help="a system message put before the conversation")
-    p.add_argument("--raw", action="store_true", help="continue the text as it stands, without the chat template (for base models)")
-    p.add_argument("--max-new-tokens", type=int, default=128, help="longest answer (default 128)")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 takes the most probable token each time (default)")
+    p.add_argument("--raw", action="store_true", help="continue the text as it stands, "
+                                                      "without the chat template (for "
+                                                      "base models)")
+    p.add_argument("--max-new-tokens", type=int, default=128,
+                   help="longest answer (default 128)")
+    p.add_argument("--temperature", type=float, default=0.0,
+                   help="0 takes the most probable token each time (default)")
     p.add_argument("--top-k", type=int)
     p.add_argument("--top-p", type=float)
     p.add_argument("--min-p", type=float)
@@ -942,13 +1061,16 @@ def parser() -> argparse.ArgumentParser:
 
 # %% id="generate-chat-answer"
 #| export chat
-def answer(args: argparse.Namespace, model: MiniMind, tokenizer: Tokenizer, messages: list[dict]) -> str:
+def answer(args: argparse.Namespace, model: MiniMind, tokenizer: Tokenizer,
+           messages: list[dict]) -> str:
     """Print the answer to the last message as it grows, and return it."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+             "max_new_tokens")
     options = {name: getattr(args, name) for name in names}
     stops = stop_tokens(args.folder, tokenizer)
     if args.raw:
-        ids = torch.tensor([tokenizer.encode(messages[-1]["content"])], device=args.device)
+        ids = torch.tensor([tokenizer.encode(messages[-1]["content"])],
+                           device=args.device)
         pieces = stream(model, tokenizer, ids, stop_ids=stops, **options)
     else:
         pieces = reply(model, tokenizer, messages, stops, **options)
@@ -965,11 +1087,14 @@ def answer(args: argparse.Namespace, model: MiniMind, tokenizer: Tokenizer, mess
 # %% id="generate-chat-main"
 #| export chat
 def chat(args: argparse.Namespace) -> None:
-    """One answer for --prompt, else a conversation that ends with an empty line or end of input."""
+    """One answer for --prompt, else a conversation that ends with an empty line or end
+    of input.
+    """
     model, tokenizer = load(args.folder, args.device)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:
-        answer(args, model, tokenizer, messages + [{"role": "user", "content": args.prompt}])
+        answer(args, model, tokenizer,
+               messages + [{"role": "user", "content": args.prompt}])
         return
     print("Write a message; an empty line ends the conversation.", file=sys.stderr)
     while text := next_line():
@@ -1020,14 +1145,16 @@ def command(*arguments):
     return code
 
 start_text = tokenizer.decode(prompt[0].tolist())
-assert command(str(folder), "--raw", "--prompt", start_text, "--max-new-tokens", "30") == 0
+assert command(str(folder), "--raw", "--prompt", start_text, "--max-new-tokens",
+               "30") == 0
 assert command("no/such/folder", "--prompt", "Hello") == 1
 
 # %% [markdown]
 # And a question in the chat template, which this model has never seen:
 
 # %% id="generate-chat-base"
-assert command(str(folder), "--prompt", "Where do you live?", "--max-new-tokens", "30") == 0
+assert command(str(folder), "--prompt", "Where do you live?", "--max-new-tokens",
+               "30") == 0
 
 # %% [markdown]
 # It writes *something*, but not an answer. It has not learned that a question wants one, nor when to stop. That is chapter 11.
