@@ -148,10 +148,9 @@ print(y, "size now", rms(y))
 # %% id="model-rmsnorm-class"
 #| export
 class RMSNorm(nn.Module):
-    """Divide each vector by its root mean square, then scale each channel; x (..., C)
-    -> (..., C).
+    """Divide each vector by its root mean square, then scale each channel.
 
-    Zhang and Sennrich 2019, arXiv:1910.07467.
+    x (..., C) -> (..., C). Zhang and Sennrich 2019, arXiv:1910.07467.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6):
@@ -167,9 +166,8 @@ class RMSNorm(nn.Module):
 
 # %% id="model-rmsnorm-check"
 norm, vectors = RMSNorm(160), torch.randn(5, 160)
-torch.testing.assert_close(norm(vectors), vectors
-                           / (vectors.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt())
-# the size of the input does not matter
+by_hand = vectors / (vectors.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()
+torch.testing.assert_close(norm(vectors), by_hand)
 torch.testing.assert_close(norm(1000 * vectors), norm(vectors), atol=1e-4, rtol=1e-4)
 
 # %% [markdown]
@@ -231,8 +229,9 @@ assert post > 5 * pre
 #| export
 @dataclass
 class ModelConfig:
-    """Sizes of a model; the names are those of Hugging Face's config.json. num_experts
-    = 0 is a dense model.
+    """Sizes of a model; the names are those of Hugging Face's config.json.
+
+    num_experts = 0 is a dense model.
     """
 
     vocab_size: int = 6400
@@ -260,11 +259,10 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "ModelConfig":
-        """A named size: tiny, tiny-moe, minimind2-small, minimind3 or minimind3-moe,
-        with changes to its fields.
-        """
+        """A named size (see PRESETS), with changes to its fields."""
         if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}; the presets are {', '.join(PRESETS)}")
+            known = ", ".join(PRESETS)
+            raise ValueError(f"no preset {name!r}; the presets are {known}")
         return cls(**PRESETS[name] | changes)
 
 # %% [markdown]
@@ -274,13 +272,12 @@ class ModelConfig:
 #| export
 TINY = dict(
     vocab_size=2048, hidden_size=160, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=40, intermediate_size=448, max_position_embeddings=1024,
+    num_key_value_heads=2, head_dim=40, intermediate_size=448,
+    max_position_embeddings=1024,
 )
 MINIMIND3 = dict(
     hidden_size=768, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-    head_dim=96,
-    intermediate_size=2432,
+    head_dim=96, intermediate_size=2432,
 )
 PRESETS = {
     "tiny": TINY,
@@ -299,9 +296,7 @@ PRESETS = {
 # %% id="model-block"
 #| export
 class Block(nn.Module):
-    """One layer: x + attention(norm(x)), then x + feed-forward(norm(x)); x (B, T, C) ->
-    (B, T, C).
-    """
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); (B, T, C) stays."""
 
     def __init__(self, config: ModelConfig, layer_idx: int):
         super().__init__()
@@ -338,11 +333,10 @@ class Block(nn.Module):
 #| export
 def full_mask(attention_mask: Tensor | None, past: int,
               input_ids: Tensor) -> Tensor | None:
-    """The mask that attention reads: None for plain causal rows, else bool (B or 1, 1,
-    T, S), True = may look.
+    """The mask that attention reads: None for plain causal rows, else bool.
 
-    attention_mask is None, a padding mask (B, S) with 1 = real, or already (B, 1, T,
-    S).
+    The result is (B or 1, 1, T, S), True = may look. attention_mask is None, a padding
+    mask (B, S) with 1 = real, or already (B, 1, T, S).
     """
     T = input_ids.size(1)
     if attention_mask is None and (past == 0 or T == 1):
@@ -376,9 +370,10 @@ print(full_mask(torch.tensor([[0, 1, 1, 1]]), 0, ids)[0, 0].int())
 # %% id="model-working-dtype"
 #| export
 def working_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrix products will have here: autocast's, else the dtype of x."""
+    """The dtype of matrix products here: autocast's, else the dtype of x."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    on = torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else x.dtype
 
 # %% [markdown]
 # The decoder turns token ids into hidden vectors: look up the embedding, send the stream through all blocks, normalise once more at the end, because the stream has grown on its way.
@@ -422,18 +417,15 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def rotation(self, position_ids: Tensor | None, past: int, x: Tensor) -> Callable:
-        """The rotary turn of queries and keys, its cos and sin computed once for all
-        layers.
-        """
+        """The rotary turn of queries and keys, computed once for all layers."""
         if position_ids is None:
             position_ids = torch.arange(past, past + x.size(1), device=x.device)
         inv_freq = self.inv_freq.float()
         # the only kind that depends on the length
         if (self.config.rope_scaling or {}).get("rope_type") == "dynamic":
             inv_freq = self.frequencies(int(position_ids.max()) + 1)[0].to(x.device)
-        cos, sin = rope_cos_sin(position_ids, inv_freq,
-                                self.attention_factor)  # (T, D) or (B, T, D)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        tables = rope_cos_sin(position_ids, inv_freq, self.attention_factor)
+        cos, sin = (table.to(x.dtype) for table in tables)  # (T, D) or (B, T, D)
         return lambda q, k: (apply_rope(q, cos, sin), apply_rope(k, cos, sin))
 
 # %% [markdown]
@@ -442,9 +434,7 @@ class Decoder(nn.Module):
 # %% id="model-initialise"
 #| export
 def initialise(module: nn.Module, spread: float) -> None:
-    """Draw every matrix from a normal distribution with standard deviation spread;
-    vectors (norms) stay as they are.
-    """
+    """Draw every matrix from a normal distribution; vectors (norms) stay at 1."""
     for parameter in module.parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=spread)
@@ -455,8 +445,9 @@ def initialise(module: nn.Module, spread: float) -> None:
 # %% id="model-balance-loss"
 #| export
 def balance_loss(decoder: Decoder, attention_mask: Tensor | None, x: Tensor) -> Tensor:
-    """Balance loss of the last forward pass, a scalar; 0 for a dense model. x (B, T, C)
-    is its result.
+    """Balance loss of the last forward pass, whose result is x (B, T, C): a scalar.
+
+    0 for a dense model.
     """
     config = decoder.config
     if not config.num_experts:
@@ -474,15 +465,16 @@ def balance_loss(decoder: Decoder, attention_mask: Tensor | None, x: Tensor) -> 
 # %% id="model-minimind"
 #| export
 class MiniMind(nn.Module):
-    """A decoder-only language model: token ids (B, T) -> logits (B, T, V). Parameter
-    names are Hugging Face's.
+    """A decoder-only language model: token ids (B, T) -> logits (B, T, V).
+
+    The names of its parameters are Hugging Face's.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        # Tied models reuse the embedding as the output layer, so they own one matrix, not two.
+        # Tied models own one matrix, not two: the embedding is the output layer.
         tied, C, V = config.tie_word_embeddings, config.hidden_size, config.vocab_size
         self.lm_head = None if tied else nn.Linear(C, V, bias=False)
         self.aux_loss: Tensor | None = None
@@ -507,20 +499,16 @@ class MiniMind(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def __getstate__(self) -> dict:
-        # aux_loss belongs to one forward pass; a copy or a pickle of the model starts without it.
+        # aux_loss belongs to one forward pass; a copy of the model starts without it.
         return self.__dict__ | {"aux_loss": None}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a Hugging Face model folder: config.json and model.safetensors. See
-        save_model.
-        """
+        """Write a Hugging Face model folder; see save_model."""
         save_model(self, Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "MiniMind":
-        """Read a Hugging Face model folder (Qwen3, Qwen3-MoE or Llama) in float32. See
-        load_model.
-        """
+        """Read a Hugging Face model folder in float32; see load_model."""
         return load_model(Path(folder))
 
 # %% [markdown]
@@ -530,17 +518,19 @@ class MiniMind(nn.Module):
 set_seed(0)
 model = MiniMind(ModelConfig.preset("tiny"))
 ids = torch.randint(0, 2048, (2, 40))
-hooks = []
-for name in ("embed_tokens", "layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj",
-             "layers.0.mlp.gate_proj", "layers.0", "norm"):
-    part = model.model.get_submodule(name)
-    hooks.append(part.register_forward_hook(lambda _, __, y,
-                                            name=name: print(f"{name:26} {tuple(y.shape)}")))
-logits = model(ids)
+shapes = {}
+
+def write_down(name):
+    return lambda module, given, result: shapes.update({name: tuple(result.shape)})
+
+hooks = [model.model.get_submodule(name).register_forward_hook(write_down(name))
+         for name in ("embed_tokens", "layers.0.self_attn.q_proj",
+                      "layers.0.mlp.gate_proj", "layers.0", "norm")]
+shapes["logits"] = tuple(model(ids).shape)
 for hook in hooks:
     hook.remove()
-print(f"{'logits':26} {tuple(logits.shape)}")
-assert logits.shape == (2, 40, 2048)
+print(*(f"{name:26} {shape}" for name, shape in shapes.items()), sep="\n")
+assert shapes["logits"] == (2, 40, 2048)
 
 # %% [markdown]
 # The stream keeps its shape (B, T, C) from the embedding to the last norm; only inside a block is it wider or narrower. The logits at position t score all V candidates for token t + 1.
@@ -582,9 +572,8 @@ def first_loss(spread):
     model = MiniMind(ModelConfig.preset("tiny", initializer_range=spread))
     ids = torch.randint(0, 2048, (8, 65))
     with torch.no_grad():
-        return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1),
-                               ids[:, 1:].flatten()).item()
-
+        logits = model(ids[:, :-1]).flatten(0, 1)
+        return F.cross_entropy(logits, ids[:, 1:].flatten()).item()
 
 losses = {spread: first_loss(spread)
           for spread in (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)}
@@ -617,9 +606,7 @@ show(fig, "First loss against the spread of the initial weights: small weights s
 # %% id="model-count-parameters"
 #| export
 def matmul_parameters(config: ModelConfig, experts: int) -> int:
-    """Weights that multiply one token when `experts` experts work on it, output layer
-    included.
-    """
+    """Weights that multiply one token when `experts` work on it, with the output."""
     C, D = config.hidden_size, config.head_dim
     attention = 2 * C * D * (config.num_attention_heads + config.num_key_value_heads)
     feed_forward = 3 * C * config.intermediate_size
@@ -628,18 +615,23 @@ def matmul_parameters(config: ModelConfig, experts: int) -> int:
         feed_forward = experts * one + router
     return config.num_hidden_layers * (attention + feed_forward) + C * config.vocab_size
 
+# %% [markdown]
+# The norms are vectors: two of width C in each block, one of width D for queries and one for keys, and the last one. An embedding that
+# is not tied is a second matrix that only looks up and never multiplies.
 
+# %% id="model-count-all"
+#| export
 def count_parameters(config: ModelConfig, active: bool = False) -> int:
     """All parameters of a model, or with active=True those that work on one token."""
     C = config.hidden_size
-    norms = config.num_hidden_layers * (2 * C + 2 * config.head_dim
-                                        * config.qk_norm) + C
+    heads = 2 * config.head_dim if config.qk_norm else 0
+    norms = config.num_hidden_layers * (2 * C + heads) + C
     embedding = 0 if config.tie_word_embeddings else C * config.vocab_size
     experts = config.num_experts_per_tok if active else config.num_experts
     return matmul_parameters(config, experts) + norms + embedding
 
 # %% [markdown]
-# Two functions, because the first is needed again for the operations. Predict all presets and compare with the real thing. Building 198 million parameters would take 800 MB; on torch's `meta` device tensors have shapes and no memory.
+# Predict all presets and compare with the real thing. Building 198 million parameters would take 800 MB; on torch's `meta` device tensors have shapes and no memory.
 
 # %% id="model-count-check"
 published = {"minimind2-small": 25.83, "minimind3": 64, "minimind3-moe": 198}
@@ -688,12 +680,11 @@ show(fig, "Where the parameters are: the tiny model spends a fifth on its vocabu
 # %% id="model-flops"
 #| export
 def flops_per_token(config: ModelConfig, T: int, training: bool = True) -> int:
-    """Floating point operations for one token of a row of T: forward, or forward and
-    backward (three times that).
+    """Floating point operations for one token of a row of T.
 
-    A product with N weights is 2N operations. Scores and mixing take 4 * T * H * D a
-    layer; the masked half is counted too, as is usual (Chowdhery et al. 2022,
-    arXiv:2204.02311, appendix B).
+    Training is forward and backward, three times forward alone. A product with N weights
+    is 2N operations. Scores and mixing take 4 * T * H * D a layer; the masked half is
+    counted too, as is usual (Chowdhery et al. 2022, arXiv:2204.02311, appendix B).
     """
     width = config.num_attention_heads * config.head_dim
     attention = 4 * T * config.num_hidden_layers * width
@@ -756,10 +747,8 @@ def activation_bytes(config: ModelConfig, number: int, norm: int,
     """
     C, V, H = config.hidden_size, config.vocab_size, config.num_attention_heads
     q, k = H * config.head_dim, config.num_key_value_heads * config.head_dim
-    # norm, output; q, output twice; k, v
-    attention = (norm + number) * C + number * (3 * q + 2 * k)
-    if table:
-        # the shares; without the kernel's copy of its output
+    attention = (norm + number) * C + number * (3 * q + 2 * k)  # q, output twice; k, v
+    if table:  # the shares, but no copy of the output
         attention += number * (H * table - q)
     if config.qk_norm:
         attention += norm * (q + k)
@@ -771,37 +760,35 @@ def activation_bytes(config: ModelConfig, number: int, norm: int,
     output = (norm + number) * C + 4 * V  # log-softmax in float32
     return config.num_hidden_layers * (attention + feed_forward) + output
 
+# %% [markdown]
+# The five parts together. Under autocast the weights stay in float32, and each matrix is also kept as a 16-bit copy. The total is the peak
+# of a step whose gradients of an earlier batch are still there (accumulation, chapter 8).
+
 # %% id="model-memory"
 #| export
 def training_memory(
     config: ModelConfig, batch: int, T: int, precision: str = "bf16",
     device: str = "cuda"
 ) -> dict[str, int]:
-    """Bytes at the peak of a training step with AdamW: parameters, gradients,
-    optimizer, activations, loss, total.
+    """Bytes at the peak of a training step with AdamW, by part, and their total.
 
-    precision is fp32, or bf16 / fp16 for autocast, where the weights stay in float32
-    and each matrix is also kept as a 16-bit copy. The total assumes that gradients of
-    an earlier batch are there (accumulation). On the CPU a norm keeps two float32
-    values for each number, on CUDA one, and short rows in bf16 keep the table of shares
-    (chapter 4.8).
+    precision is fp32, or bf16 / fp16 for autocast. On the CPU a norm keeps two float32
+    values for each number, on CUDA one, and short rows in bf16 keep the table of shares.
     """
     if precision not in ("fp32", "bf16", "fp16"):
         raise ValueError(f"precision is {precision!r}; expected fp32, bf16 or fp16")
     number = 4 if precision == "fp32" else 2
     parameters = 4 * count_parameters(config)
-    copies = 0 if precision == "fp32" else 2 * matmul_parameters(config, config.num_experts)
+    copies = 0 if number == 4 else 2 * matmul_parameters(config, config.num_experts)
     norm = 8 if device == "cpu" else number
-    # chapter 4.8
     table = T if device == "cpu" and precision == "bf16" and T <= LONGEST else 0
+    kept = activation_bytes(config, number, norm, table)
     memory = {
         "parameters": parameters,
         "gradients": parameters,
         "optimizer": 2 * parameters,  # Adam's two running averages
-        "activations": copies + batch * T
-        * activation_bytes(config, number, norm, table),
-        # gradient of logits, in and out of softmax
-        "loss": batch * T * 8 * config.vocab_size,
+        "activations": copies + batch * T * kept,
+        "loss": batch * T * 8 * config.vocab_size,  # gradient in and out of softmax
     }
     return memory | {"total": sum(memory.values())}
 
@@ -816,8 +803,7 @@ def kept_bytes(model, loss_of):
     def pack(tensor):
         memory = tensor.untyped_storage()
         if memory.data_ptr() not in own:
-            # holding it keeps its address from being reused
-            kept[memory.data_ptr()] = memory
+            kept[memory.data_ptr()] = memory  # held, so that its address is not reused
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -835,9 +821,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """Inside `with PeakMemory() as memory:` memory.now and memory.peak are bytes of
-    live tensors.
-    """
+    """Inside `with PeakMemory() as memory:` now and peak are bytes of live tensors."""
 
     def __init__(self):
         super().__init__()
@@ -845,9 +829,10 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.live:
-                self.add(tensor.untyped_storage())
+        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        for memory in (t.untyped_storage() for t in tensors):
+            if id(memory) not in self.live:
+                self.add(memory)
         return result
 
     def add(self, memory):
@@ -869,8 +854,8 @@ def measure(name, precision):
 
     def loss_of(model):
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return F.cross_entropy(model(ids).float().flatten(0, 1),
-                                   ids.flatten()) + 0.01 * model.aux_loss
+            logits = model(ids).float().flatten(0, 1)
+            return F.cross_entropy(logits, ids.flatten()) + 0.01 * model.aux_loss
 
     with PeakMemory() as memory:
         model = MiniMind(ModelConfig.preset(name))
@@ -949,9 +934,7 @@ MOE_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size",
 
 
 def config_to_json(config: ModelConfig) -> dict:
-    """The config.json that transformers reads: q/k norm and experts decide between
-    Llama, Qwen3 and Qwen3-MoE.
-    """
+    """The config.json that transformers reads; it decides the kind of model."""
     if config.num_experts and not config.qk_norm:
         raise ValueError("a model with experts but without q/k norm is no Hugging Face "
                          "architecture: set qk_norm=True")
@@ -961,7 +944,7 @@ def config_to_json(config: ModelConfig) -> dict:
     if kind != "qwen3_moe":
         values = {name: value for name, value in values.items()
                   if name not in MOE_FIELDS}
-    # transformers 5 reads rope_parameters, older versions read rope_theta and rope_scaling.
+    # transformers 5 reads rope_parameters, older versions rope_theta and rope_scaling
     rope = {"rope_type": "default"} | (config.rope_scaling or {})
     values["rope_parameters"] = rope | {"rope_theta": config.rope_theta}
     fixed = {"hidden_act": "silu", "attention_bias": False, "use_cache": True,
@@ -975,35 +958,43 @@ def config_to_json(config: ModelConfig) -> dict:
 # %% id="model-config-from-json"
 #| export
 def config_from_json(values: dict, source: str = "config.json") -> ModelConfig:
-    """A ModelConfig from a Hugging Face config.json; raises ValueError naming what this
-    model does not have.
+    """A ModelConfig from a Hugging Face config.json.
+
+    Raises ValueError naming what this model does not have.
     """
     kind = values.get("model_type")
     if kind not in ARCHITECTURES:
         raise ValueError(f"{source}: model_type is {kind!r}; this model reads "
                          f"{', '.join(ARCHITECTURES)}")
-    values = dict(values)
+    refuse_unsupported(values, source)
+    heads, experts = values.get("num_attention_heads"), values.get("num_local_experts")
+    found = values | rotary_fields(values) | {
+        "qk_norm": kind != "llama",
+        "num_experts": (values.get("num_experts", experts) or 0) * (kind == "qwen3_moe"),
+        "num_key_value_heads": values.get("num_key_value_heads") or heads,
+        "head_dim": values.get("head_dim") or values["hidden_size"] // heads,
+    }
+    names = {f.name for f in fields(ModelConfig)}
+    return ModelConfig(**{name: found[name] for name in names if name in found})
+
+
+def rotary_fields(values: dict) -> dict:
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", None) or values.get("rope_theta")
-    values["rope_theta"] = theta or 10000.0
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-    values["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    values["qk_norm"] = kind != "llama"
-    values["num_experts"] = values.get("num_experts",
-                                       values.get("num_local_experts", 0)) if kind == "qwen3_moe" else 0
-    values["num_key_value_heads"] = values.get("num_key_value_heads") or values.get("num_attention_heads")
-    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    refuse_unsupported(values, source)
-    names = {f.name for f in fields(ModelConfig)}
-    return ModelConfig(**{name: value for name, value in values.items()
-                          if name in names})
+    scaling = None if rope["rope_type"] == "default" else rope
+    return {"rope_theta": theta or 10000.0, "rope_scaling": scaling}
 
+# %% [markdown]
+# What a file asks for and the model does not have is refused; a field that is absent, or at its usual value, passes.
 
+# %% id="model-refuse-unsupported"
+#| export
 def refuse_unsupported(values: dict, source: str) -> None:
     expected = {
         "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "use_sliding_window": False,
-        "decoder_sparse_step": 1, "mlp_only_layers": [], "quantization_config": None,
+        "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "quantization_config": None,
     }
     for name, value in expected.items():
         if values.get(name, value) not in (value, None):
@@ -1029,8 +1020,8 @@ def save_model(model: MiniMind, folder: Path) -> None:
     try:
         if folder.is_dir():
             shutil.copytree(folder, draft, dirs_exist_ok=True)
-        (draft / "config.json").write_text(json.dumps(config_to_json(model.config),
-                                                      indent=2) + "\n")
+        config = json.dumps(config_to_json(model.config), indent=2)
+        (draft / "config.json").write_text(config + "\n")
         tensors = {name: tensor.detach().cpu().contiguous()
                    for name, tensor in model.state_dict().items()}
         save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
@@ -1038,11 +1029,14 @@ def save_model(model: MiniMind, folder: Path) -> None:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
+# %% [markdown]
+# The two renames: the old folder steps aside, the draft takes its place. A kill between them leaves no folder of that name, but the old one
+# beside it; whoever comes next puts it back.
 
+# %% id="model-replace"
+#| export
 def replace_folder(draft: Path, folder: Path) -> None:
-    """Put draft in the place of folder, by two renames; in between, the old one lies
-    beside it as .NAME.old.
-    """
+    """Put draft in the place of folder; in between, the old one is .NAME.old."""
     draft.chmod(0o755)  # mkdtemp makes it private
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
@@ -1052,9 +1046,7 @@ def replace_folder(draft: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Bring back the old folder if a save was killed between its two renames; remove it
-    if it was killed after them.
-    """
+    """After a kill: bring the old folder back, or remove it if the new one is there."""
     old = folder.with_name(f".{folder.name}.old")
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -1067,8 +1059,9 @@ def recover(folder: Path) -> None:
 # %% id="model-load"
 #| export
 def load_model(folder: Path) -> MiniMind:
-    """A model from a Hugging Face folder. Raises ValueError or FileNotFoundError that
-    names the file or the weight.
+    """A model from a Hugging Face folder.
+
+    Raises ValueError or FileNotFoundError that names the file or the weight.
     """
     recover(folder)
     path = folder / "model.safetensors"
@@ -1095,7 +1088,11 @@ def read_config(path: Path) -> ModelConfig:
         raise ValueError(f"{path} is damaged or incomplete ({error}): save the model "
                          "again") from error
 
+# %% [markdown]
+# Three kinds of problem: missing, unexpected, of another shape.
 
+# %% id="model-check-weights"
+#| export
 def check_weights(expected: dict[str, Tensor], tensors: dict[str, Tensor],
                   path: Path) -> None:
     problems = [f"{name} is missing" for name in expected.keys() - tensors.keys()]
@@ -1123,8 +1120,7 @@ families = {"llama": dict(qk_norm=False), "qwen3": {},
             "qwen3_moe": dict(num_experts=4, moe_intermediate_size=96)}
 small = dict(
     vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16,
-    intermediate_size=192,
+    num_key_value_heads=2, head_dim=16, intermediate_size=192,
 )
 if importlib.util.find_spec("transformers"):
     from transformers import AutoModelForCausalLM
