@@ -391,17 +391,18 @@ byte_lengths = token_byte_lengths(tokenizer)
 V = tokenizer.vocab_size
 
 
-def token_stream(part: str, count: int) -> torch.Tensor:
-    """The first `count` texts of a part as one row of ids, each followed by the
-    end-of-text token.
-    """
-    texts = list(islice(read_texts(data / "pretrain" / f"{part}.jsonl.gz"), count))
-    return torch.tensor([i for ids in tokenizer.encode_batch(texts)
-                         for i in [*ids, tokenizer.eos_id]])
+def token_stream(part: str, texts: int, tokens: int) -> torch.Tensor:
+    """The first texts of a part as one row of ids, an end-of-text token after each."""
+    rows, ids = islice(read_texts(data / "pretrain" / f"{part}.jsonl.gz"), texts), []
+    while len(ids) < tokens and (some := list(islice(rows, 1000))):
+        for each in tokenizer.encode_batch(some):
+            ids += [*each, tokenizer.eos_id]
+    return torch.tensor(ids[:tokens])
 
 
-train_ids = token_stream("train", chapter.size.train_texts)
-valid_ids = token_stream("valid", chapter.size.valid_texts)
+size = chapter.size
+train_ids = token_stream("train", size.train_texts, size.train_tokens)
+valid_ids = token_stream("valid", size.valid_texts, size.train_tokens // 10)
 print(f"{len(train_ids):,} tokens to learn from, {len(valid_ids):,} held out, "
       f"{byte_lengths[valid_ids].sum():,} bytes")
 
