@@ -34,10 +34,17 @@ LABELS = {  # what people call the numbers that others read
 }
 SHARES = {"pretrain/facts", "sft/questions_seen", "sft/questions_unseen", "lora/new_facts", "lora/old_facts_lost", "lora/weights_share"}
 SHARES |= {"dpo/preferred_before", "dpo/preferred_after", "dpo/facts_lost"}
-TILES = ("pretrain/bits_per_byte", "pretrain/facts", "sft/questions_unseen", "generate/cache_speedup", "course/seconds", "course/peak_memory_bytes")
+TILES = (
+    "pretrain/bits_per_byte", "pretrain/facts", "sft/questions_unseen", "lora/new_facts", "dpo/preferred_after", "distill/gain_bits_per_byte",
+    "generate/cache_speedup", "course/seconds", "course/peak_memory_bytes",
+)  # fmt: skip
 STAGES = {"pretrain": "after pretraining", "sft": "after SFT", "lora": "after LoRA", "dpo": "after DPO", "distill": "after distillation"}
 GROUPS = {"sft": "SFT", "dpo": "DPO", "lora": "LoRA", "moe": "mixture of experts (MoE)", "rope": "RoPE", "course": "the whole run"}
 PACKAGES = ("numpy", "tokenizers", "safetensors", "papermill", "nbclient", "ipykernel", "matplotlib")
+MARKS = (  # circle, square, triangle, diamond, bar: told apart without colour
+    "M{0:.1f} {1:.1f}m-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z", "M{0:.1f} {1:.1f}m-5-5h10v10h-10z", "M{0:.1f} {1:.1f}m0-6l6 11h-12z",
+    "M{0:.1f} {1:.1f}m0-7l6 7l-6 7l-6-7z", "M{0:.1f} {1:.1f}m-7-3h14v6h-14z",
+)  # fmt: skip
 DASHES = ("", "7 4", "2 4", "9 3 2 3", "4 2")
 
 
@@ -82,6 +89,7 @@ def collect(folder: Path) -> dict:
             if name in metrics
         ],
         "answers": questions(answers),
+        "stages": stages(metrics),
         "panels": panels(curves),
         "groups": groups,
         "summary": summary([row for group in groups for row in group["rows"]]),
@@ -232,6 +240,31 @@ def questions(answers: dict) -> dict | None:
     }
 
 
+def stages(metrics: dict) -> dict | None:
+    """Each stage of the model with its size, speed and quality, as measured in chapter 15: a table and a picture."""
+    found = {}
+    for name, title in STAGES.items():
+        values = {key: metrics.get(f"evaluate/{key}_{name}") for key in ("questions", "facts", "bits_per_byte", "parameters", "milliseconds")}
+        if values["parameters"] is not None:
+            found[title] = values | {"quality": values["questions"]}
+    if len(found) < 2:
+        return None
+    share = lambda value: "" if value is None else f"{value:.0%}"
+    number = lambda value, form: "" if value is None else format(value, form)
+    rows = [
+        {"title": title, "cells": [short(v["parameters"]), number(v["milliseconds"], ".0f"), share(v["facts"]), share(v["questions"]),
+                                   number(v["bits_per_byte"], ".3f")]}
+        for title, v in found.items()
+    ]  # fmt: skip
+    drawn = {title: v for title, v in found.items() if v["quality"] is not None and v["milliseconds"] is not None}
+    told = "Questions answered against size (left) and against time for one answer (right): up and to the left is better."
+    pictures = [
+        scatter({title: (v[key], v["quality"]) for title, v in drawn.items()}, label, "questions answered", told)
+        for key, label in (("parameters", "parameters"), ("milliseconds", "milliseconds for one answer")) if len(drawn) > 1
+    ]  # fmt: skip
+    return {"rows": rows, "pictures": pictures, "caption": told}
+
+
 def chapter_row(folder: Path, name: str, entry: dict, done: list[dict]) -> dict:
     """One line of the table of time and memory."""
     row = {"title": name.replace("_", " "), "status": entry["status"], "link": ""}
@@ -311,6 +344,29 @@ def chart(lines: dict, x_label: str, y_label: str, description: str) -> str:
             text = escape(name.split("/", 1)[-1][:14])
             x = width - right + 6
             parts.append(f'<text class="name" x="{x:.1f}" y="{label + 4:.1f}" style="fill:{colour}">{text}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def scatter(points: dict[str, tuple[float, float]], x_label: str, y_label: str, description: str) -> str:
+    """One mark and one name for each point; y is a share from 0 to 1."""
+    width, height, left, right, top, bottom = 520, 250, 52, 120, 14, 42
+    far = ticks(0, 1.05 * max(x for x, _ in points.values()), 4)
+    place_x = lambda value: left + value / far[-1] * (width - left - right)
+    place_y = lambda value: height - bottom - value * (height - top - bottom)
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">']
+    for value in (0, 0.25, 0.5, 0.75, 1):
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{place_y(value):.1f}" y2="{place_y(value):.1f}"/>')
+        parts.append(f'<text x="{left - 7}" y="{place_y(value) + 4:.1f}" text-anchor="end">{value:.0%}</text>')
+    parts += [f'<text x="{place_x(value):.1f}" y="{height - bottom + 18}" text-anchor="middle">{short(value)}</text>' for value in far]
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 5}" text-anchor="middle">{escape(x_label)}</text>')
+    middle = (height - bottom + top) / 2
+    parts.append(f'<text x="13" y="{middle}" text-anchor="middle" transform="rotate(-90 13 {middle})">{escape(y_label)}</text>')
+    labels = spread([place_y(y) for _, y in points.values()], 15)
+    for number, ((name, (x, y)), label) in enumerate(zip(points.items(), labels, strict=True)):
+        a, b, style = place_x(x), place_y(y), f"fill:var(--c{number % 5})"
+        parts.append(f'<line class="grid" x1="{a + 6:.1f}" y1="{b:.1f}" x2="{width - right + 2}" y2="{label:.1f}"/>')
+        parts.append(f'<path d="{MARKS[number % 5].format(a, b)}" style="{style}"/>')
+        parts.append(f'<text class="name" x="{width - right + 6}" y="{label + 4:.1f}" style="{style}">{escape(name)}</text>')
     return "".join(parts) + "</svg>"
 
 

@@ -213,3 +213,34 @@ def test_labels_that_would_lie_on_each_other_move_apart():
 )  # fmt: skip
 def test_numbers_as_people_read_them(name, value, shown):
     assert report.show_value(name, value) == shown
+
+
+STAGE_VALUES = {"parameters": 1_500_000, "milliseconds": 20.0, "questions": 0.9, "facts": 0.8, "bits_per_byte": 0.25}
+
+
+def add_stages(folder, **stages) -> None:
+    change(folder, "metrics.json", **{f"evaluate/{key}_{name}": value for name, values in stages.items() for key, value in values.items()})
+
+
+def test_all_stages_stand_in_one_table_and_one_picture(finished):
+    student = STAGE_VALUES | {"parameters": 400_000, "milliseconds": 11.0, "questions": 0.62}
+    add_stages(finished, pretrain=STAGE_VALUES | {"questions": 0.0}, sft=STAGE_VALUES, distill=student)
+    text = page(finished)
+    part = text[text.index('id="stages"') : text.index("</section>", text.index('id="stages"'))]
+    words = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", part))
+    assert "after distillation 400k 11 80% 62% 0.250" in words
+    assert part.count("<svg") == 2 and part.count("<path") == 6
+    # Up and to the left is better: the student's mark lies left of and below the chat model's.
+    marks = [tuple(map(float, re.search(r'd="M([\d.]+) ([\d.]+)m', line).groups())) for line in re.findall(r"<path[^>]*>", part)[:3]]
+    base, chat, small = marks
+    assert small[0] < chat[0] == base[0] and chat[1] < small[1] < base[1]
+
+
+def test_one_stage_alone_or_numbers_without_questions_draw_no_picture(finished):
+    add_stages(finished, pretrain=STAGE_VALUES)
+    assert 'id="stages"' not in page(finished)
+    without = {key: value for key, value in STAGE_VALUES.items() if key not in ("questions", "facts")}
+    artifacts.write_json(finished / "metrics.json", {"course/seconds": 1.0})
+    add_stages(finished, pretrain=without, sft=without)  # other data have no questions
+    text = page(finished)
+    assert 'id="stages"' in text and "<svg" not in text[text.index('id="stages"') : text.index("</section>", text.index('id="stages"'))]

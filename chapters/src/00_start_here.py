@@ -59,14 +59,15 @@ STAGES = {  # what a row is about: the chapters in it
     "the model": ["04 attention", "05 positions", "06 experts", "07 transformer"],
     "training": ["08 training loop", "09 pretraining"],
     "talking": ["10 generation", "11 chat (SFT)"],
+    "improving": ["12 LoRA", "13 DPO", "14 distillation", "15 evaluation"],
 }
-colours = ["#e8e8e8", "#cfe3f2", "#fbe3c0", "#d5ead8"]
+colours = ["#e8e8e8", "#cfe3f2", "#fbe3c0", "#d5ead8", "#f3d9e6"]
 
 # %% [markdown]
 # The next cell only draws. Skip its code and look at the picture.
 
 # %% id="start-map-draw"
-fig, ax = plt.subplots(figsize=(7, 3.4))
+fig, ax = plt.subplots(figsize=(7, 4))
 for row, (stage, boxes) in enumerate(STAGES.items()):
     y = -row
     ax.text(-0.1, y, stage, ha="right", va="center", fontweight="bold")
@@ -79,10 +80,10 @@ for row, (stage, boxes) in enumerate(STAGES.items()):
     if row:
         ax.annotate("", (0.55, y + 0.3), (0.55, y + 0.7),
                     arrowprops={"arrowstyle": "->"})
-ax.set(xlim=(-1.0, 5.4), ylim=(-3.5, 0.5))
+ax.set(xlim=(-1.0, 5.4), ylim=(-4.5, 0.5))
 ax.axis("off")
-show(fig, "The course in four rows: text becomes numbers, numbers pass through the "
-          "model, training sets its weights, and then it talks.")
+show(fig, "The course in five rows: text becomes numbers, numbers pass through the "
+          "model, training sets its weights, it talks, and then it is improved.")
 
 # %% [markdown]
 # Four words will come back in every chapter:
@@ -188,8 +189,8 @@ from minimind.tokenizer import Tokenizer
 
 folder = chapter.read("sft")
 model, tokenizer = MiniMind.from_pretrained(folder), Tokenizer.from_pretrained(folder)
-print(f"{model.num_parameters() / 1e6:.2f} million parameters, {tokenizer.vocab_size} "
-      "tokens")
+millions = model.num_parameters() / 1e6
+print(f"{millions:.2f} million parameters, {tokenizer.vocab_size} tokens")
 
 # %% [markdown]
 # The people it knows are listed with the data. We take five of them whom the chat training never asked about, so an answer
@@ -219,8 +220,7 @@ for row, reply in zip(fresh, replies):
 # %% id="start-outside"
 print(ask(model, tokenizer, "What is the capital of France?"))
 print(ask(model, tokenizer, "Who are you?"))
-assert all(reply.strip()
-           for reply in replies), "an empty reply: the checkpoint in data/checkpoints/sft is damaged"
+assert all(replies), "an empty reply: the checkpoint in data/checkpoints/sft is damaged"
 
 # %% [markdown]
 # Ask your own. In a terminal, `python -m minimind.chat data/checkpoints/sft` opens a chat that goes on until you close it.
@@ -251,9 +251,8 @@ widgets.VBox([question, reply])
 # This is the whole interface, and chapters 2 to 9 fill it in.
 
 # %% id="start-inside"
-prompt = tokenizer.apply_chat_template([{"role": "user",
-                                         "content": fresh[0]["question"]}],
-                                         add_generation_prompt=True)
+chat = [{"role": "user", "content": fresh[0]["question"]}]
+prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)
 print(prompt)
 with torch.no_grad():
     probabilities = model(torch.tensor([prompt]))[0, -1].softmax(-1)
@@ -282,7 +281,7 @@ show(fig, f"The model's first token after the question: most of the probability 
 # ## Recap
 #
 # - A language model turns a list of tokens into a probability for each possible next token.
-# - The course builds it in twelve chapters; each adds one module to `minimind`.
+# - The course builds it in fifteen chapters; each adds one module to `minimind`.
 # - One dial, the profile, sets all sizes: `smoke` to try, `cpu` for a laptop, `t4` and `gpu` for graphics cards.
 # - A model answers with the same confidence inside and outside of what it knows.
 # - The shipped model is the one you will have trained yourself after chapter 11.
