@@ -240,7 +240,7 @@ def test_one_stage_alone_or_numbers_without_questions_draw_no_picture(finished):
     add_stages(finished, pretrain=STAGE_VALUES)
     assert 'id="stages"' not in page(finished)
     without = {key: value for key, value in STAGE_VALUES.items() if key not in ("questions", "facts")}
-    artifacts.write_json(finished / "metrics.json", {"course/seconds": 1.0})
+    artifacts.write_json(finished / "metrics.json", {"course/seconds": 1.0, "course/peak_memory_bytes": 1e9})
     add_stages(finished, pretrain=without, sft=without)  # other data have no questions
     text = page(finished)
     assert 'id="stages"' in text and "<svg" not in text[text.index('id="stages"') : text.index("</section>", text.index('id="stages"'))]
