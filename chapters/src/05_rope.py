@@ -631,8 +631,8 @@ ax.set(xlabel="position of the question (trained up to the dotted line)",
        ylabel="share copied", ylim=(0, 1.05))
 ax.legend(loc="lower left", ncols=2)
 show(fig, "Far beyond the trained length, plain rotation forgets how to copy; dynamic "
-          "scaling and above all YaRN keep it, without any training; linear scaling "
-          "spoils even short distances.")
+          "scaling and YaRN keep it, without any training; linear scaling spoils even "
+          "short distances.")
 
 # %% [markdown]
 # Linear scaling fails from the first question on: the first layer must find *the word just before*, and linear scaling moves that word from a distance of one to a small fraction of one. Its authors use it together with some more
