@@ -6,8 +6,9 @@
 __all__ = ['PATTERN', 'SPECIAL_TOKENS', 'HIDDEN_TOKENS', 'FIRST_MERGE', 'TOOLS_BEFORE', 'TOOLS_AFTER', 'TEMPLATE_SYSTEM',
            'TEMPLATE_ASSISTANT', 'TEMPLATE_TOOL', 'CHAT_TEMPLATE', 'CHAT_ROLES', 'Piece', 'count_pairs', 'merge_pair',
            'splitter', 'split_text', 'byte_letters', 'byte_ids', 'best_pair', 'learn_merges', 'apply_merges',
-           'train_backend', 'without_special', 'BytePairCoder', 'check_text', 'parse_messages', 'dump_json',
-           'render_assistant', 'render_system', 'render_chat', 'render_template', 'Tokenizer', 'write_tokenizer',
+           'train_backend', 'show_some', 'without_special', 'BytePairCoder', 'spell', 'check_text', 'check_message',
+           'read_json', 'parse_messages', 'split_thought', 'dump_json', 'render_call', 'render_assistant',
+           'render_system', 'render_chat', 'render_template', 'Tokenizer', 'piece_ids', 'write_tokenizer',
            'read_tokenizer']
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-imports
@@ -23,7 +24,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-count-pairs
 def count_pairs(pieces: dict[tuple, int]) -> Counter:
-    """How often each pair of neighbours occurs; pieces maps a tuple of units to its count."""
+    """How often each pair of neighbours occurs; pieces maps units to their count."""
     pairs = Counter()
     for units, count in pieces.items():
         for pair in zip(units, units[1:]):
@@ -49,7 +50,7 @@ PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"  # line ends and other blanks
 )
 
-
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-split
 @cache
 def splitter() -> pre_tokenizers.PreTokenizer:
     """Cuts a text at PATTERN; every character lands in exactly one piece."""
@@ -61,13 +62,15 @@ def split_text(text: str) -> list[str]:
     return [piece for piece, _ in splitter().pre_tokenize_str(text)]
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-special-tokens
-SPECIAL_TOKENS = (  # MiniMind's names (Gong 2024); a token's place in this list is its id
+SPECIAL_TOKENS = (  # MiniMind's names (Gong 2024); the place in the list is the id
     "<|endoftext|> <|im_start|> <|im_end|> "
-    "<|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> <|quad_start|> <|quad_end|> "
-    "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|> "
-    "<|audio_start|> <|audio_end|> <|audio_pad|> <tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single> "
+    "<|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
+    "<|image_pad|> <|video_pad|> <|audio_start|> <|audio_end|> <|audio_pad|> "
+    "<tts_pad> <tts_text_bos> <tts_text_eod> <tts_text_bos_single> "
     "<tool_call> </tool_call> <tool_response> </tool_response> <think> </think> "
-    "<|buffer1|> <|buffer2|> <|buffer3|> <|buffer4|> <|buffer5|> <|buffer6|> <|buffer7|> <|buffer8|> <|buffer9|>"
+    "<|buffer1|> <|buffer2|> <|buffer3|> <|buffer4|> <|buffer5|> <|buffer6|> "
+    "<|buffer7|> <|buffer8|> <|buffer9|>"
 ).split()
 HIDDEN_TOKENS = 21  # the first 21 are never shown; tool calls and thoughts may be
 FIRST_MERGE = len(SPECIAL_TOKENS) + 256  # the id of the first merged token
@@ -75,12 +78,13 @@ FIRST_MERGE = len(SPECIAL_TOKENS) + 256  # the id of the first merged token
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-byte-letters
 @cache
 def byte_letters() -> dict[int, str]:
-    """One printable letter for each of the 256 bytes, in the order of the letters (Radford et al. 2019)."""
+    """One printable letter for each byte, in order (Radford et al. 2019)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    letters = {byte: chr(byte) for byte in printable}
+    return letters | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
-
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-byte-ids
 @cache
 def byte_ids() -> dict[int, int]:
     """The id of each byte: its place among the letters, after the special tokens."""
@@ -88,28 +92,32 @@ def byte_ids() -> dict[int, int]:
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-best-pair
 def best_pair(pairs: Counter) -> tuple[int, int]:
-    """The pair with the highest count; of equal ones the smallest ids, as in the `tokenizers` library."""
+    """The pair with the highest count; of equal ones the one with the smallest ids."""
     return min(pairs, key=lambda pair: (-pairs[pair], pair))
 
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-learn-merges
+def learn_merges(
+    pieces: dict[tuple[int, ...], int], num_merges: int
+) -> list[tuple[int, int]]:
+    """Up to num_merges pairs, as they are learned; merge i makes token FIRST_MERGE + i.
 
-def learn_merges(pieces: dict[tuple[int, ...], int], num_merges: int) -> list[tuple[int, int]]:
-    """Up to num_merges pairs in the order of learning; merge i makes token FIRST_MERGE + i.
-
-    pieces: ids of the bytes of each piece, and its count. Stops early when no pair occurs twice.
+    pieces: ids of the bytes of each piece, and its count.
     """
     merges = []
     while len(merges) < num_merges:
         pairs = count_pairs(pieces)
         if not pairs or pairs[best_pair(pairs)] < 2:
             break
-        merges.append(best_pair(pairs))
-        new = FIRST_MERGE + len(merges) - 1
-        pieces = {merge_pair(units, merges[-1], new): count for units, count in pieces.items()}
+        pair, new = best_pair(pairs), FIRST_MERGE + len(merges)
+        merges.append(pair)
+        pieces = {merge_pair(units, pair, new): n for units, n in pieces.items()}
     return merges
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-apply-merges
-def apply_merges(units: tuple[int, ...], ranks: dict[tuple[int, int], int]) -> tuple[int, ...]:
-    """Merge the bytes of one piece, the earliest learned pair first; ranks maps a pair to its number."""
+def apply_merges(
+    units: tuple[int, ...], ranks: dict[tuple[int, int], int]
+) -> tuple[int, ...]:
+    """Merge the bytes of one piece, the pair of the lowest rank first."""
     while len(units) > 1:
         pair = min(zip(units, units[1:]), key=lambda pair: ranks.get(pair, len(ranks)))
         if pair not in ranks:
@@ -119,82 +127,102 @@ def apply_merges(units: tuple[int, ...], ranks: dict[tuple[int, int], int]) -> t
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-train-backend
 def train_backend(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of the `tokenizers` library; ValueError where special tokens and bytes do not fit."""
+    """A byte-level BPE of the `tokenizers` library; ValueError for too small a size."""
     if vocab_size < FIRST_MERGE:
-        raise ValueError(f"vocab_size={vocab_size} is too small: {len(SPECIAL_TOKENS)} special tokens "
-                         f"and 256 bytes need {FIRST_MERGE}")  # fmt: skip
+        count = len(SPECIAL_TOKENS)
+        raise ValueError(f"vocab_size={vocab_size} is too small: "
+                         f"{count} special tokens and 256 bytes need {FIRST_MERGE}")
     backend = tokenizers.Tokenizer(models.BPE())
     letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([splitter(), letters])
     backend.decoder = decoders.ByteLevel()
+    alphabet = list(byte_letters().values())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2, special_tokens=SPECIAL_TOKENS,
-        initial_alphabet=list(byte_letters().values()), show_progress=False,
-    )  # fmt: skip
+        initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator(texts, trainer)
+    return show_some(backend)
+
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-show-some
+def show_some(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A copy in which the special tokens from HIDDEN_TOKENS on are shown."""
     saved = json.loads(backend.to_str())
-    for token in saved["added_tokens"]:  # the trainer marks all of them as hidden
+    for token in saved["added_tokens"]:
         token["special"] = token["id"] < HIDDEN_TOKENS
     return tokenizers.Tokenizer.from_str(json.dumps(saved))
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-without-special
 def without_special(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """A copy that knows no special tokens: to it, their spelling is text like any other."""
-    return tokenizers.Tokenizer.from_str(json.dumps(json.loads(backend.to_str()) | {"added_tokens": []}))
+    """A copy that knows no special tokens: their spelling is text like any other."""
+    saved = json.loads(backend.to_str()) | {"added_tokens": []}
+    return tokenizers.Tokenizer.from_str(json.dumps(saved))
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-coder
 class BytePairCoder:
-    """Text to ids and back by byte-level BPE (Sennrich et al. 2016, arXiv:1508.07909)."""
+    """Text to ids and back by BPE on bytes (Sennrich et al. 2016, arXiv:1508.07909)."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self.backend, self.plain = backend, without_special(backend)
         added = backend.get_added_tokens_decoder()
         self.special_ids = {token.content: i for i, token in added.items()}
         self.hidden_ids = {i for i, token in added.items() if token.special}
-        byte_of = {letter: byte for byte, letter in byte_letters().items()}
-        names = [backend.id_to_token(i) or "" for i in range(max(backend.get_vocab().values()) + 1)]
-        self._bytes = [n.encode() if n in self.special_ids else bytes(byte_of[c] for c in n) for n in names]
+        self._bytes = spell(backend, self.special_ids)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
-        """Ids of one text. A special token's spelling is plain text unless allow_special."""
+        """Ids of one text. A special token's spelling is text unless allow_special."""
         return self.encode_batch([text], allow_special)[0]
 
-    def encode_batch(self, texts: list[str], allow_special: bool = False) -> list[list[int]]:
-        """Ids of many texts, on all cores. ValueError for text that has no UTF-8 form."""
+    def encode_batch(
+        self, texts: list[str], allow_special: bool = False
+    ) -> list[list[int]]:
+        """Ids of many texts, on all cores. ValueError for text without UTF-8 form."""
         for text in texts:
             check_text(text)
         coder = self.backend if allow_special else self.plain
-        return [found.ids for found in coder.encode_batch_fast(texts, add_special_tokens=False)]
+        return [f.ids for f in coder.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_bytes(self, data: bytes) -> list[int]:
-        """Ids of any bytes: valid UTF-8 as text, every other byte as the token of that byte."""
+        """Ids of any bytes: valid UTF-8 as text, any other byte as its token."""
         parts = re.split("([\udc80-\udcff])", data.decode("utf-8", "surrogateescape"))
+        bad = (byte_letters()[ord(part) - 0xDC00] for part in parts[1::2])
+        lone = [self.plain.token_to_id(letter) for letter in bad]
         ids = self.encode_batch(parts[::2])
-        lone = [self.plain.token_to_id(byte_letters()[ord(part) - 0xDC00]) for part in parts[1::2]]
         return ids[0] + [i for byte, text in zip(lone, ids[1:]) for i in (byte, *text)]
 
     def decode_bytes(self, ids: Iterable[int], skip_special: bool = False) -> bytes:
-        """The bytes of the ids. An id beyond the vocabulary (a model may have spare rows) gives U+FFFD."""
-        skipped, known, spare = (self.hidden_ids if skip_special else (), self._bytes, "\ufffd".encode())
-        return b"".join(known[i] if 0 <= i < len(known) else spare for i in map(int, ids) if i not in skipped)
+        """The bytes of the ids; one beyond the vocabulary (spare rows) gives U+FFFD."""
+        known, spare = self._bytes, "\ufffd".encode()
+        kept = (int(i) for i in ids if not (skip_special and int(i) in self.hidden_ids))
+        return b"".join(known[i] if 0 <= i < len(known) else spare for i in kept)
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of the ids; bytes that are no valid UTF-8 show as U+FFFD."""
         return self.decode_bytes(ids, skip_special).decode("utf-8", errors="replace")
 
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-spell-all
+def spell(backend: tokenizers.Tokenizer, special: dict[str, int]) -> list[bytes]:
+    """For each id the bytes it stands for; a special token's are its spelling."""
+    byte_of = {letter: byte for byte, letter in byte_letters().items()}
+    size = max(backend.get_vocab().values()) + 1
+    names = [backend.id_to_token(i) or "" for i in range(size)]
+    return [n.encode() if n in special else bytes(byte_of[c] for c in n) for n in names]
+
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-check-text
 def check_text(text: str) -> None:
-    """Raise where `text` cannot be encoded: TypeError for what is no str, ValueError for half a surrogate pair."""
+    """TypeError for what is no str, ValueError for half a surrogate pair."""
     if not isinstance(text, str):
         raise TypeError(f"encode takes a str, not {type(text).__name__}")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"character {error.start} of the text is half of a surrogate pair and has no UTF-8 form: "
-                         "read its source with errors='replace'") from None  # fmt: skip
+        where = f"character {error.start} of the text is half of a surrogate pair"
+        cure = "read its source with errors='replace'"
+        raise ValueError(f"{where} and has no UTF-8 form: {cure}") from None
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-template-system
-TOOLS_BEFORE = "You can call the functions below, each described by one line of JSON.\n<tools>"
+TOOLS_BEFORE = (
+    "You can call the functions below, each described by one line of JSON.\n<tools>"
+)
 TOOLS_AFTER = (
     "\n</tools>\n\nTo call one, write its name and its arguments as JSON:\n"
     '<tool_call>\n{"name": ..., "arguments": {...}}\n</tool_call>'
@@ -211,7 +239,8 @@ TEMPLATE_SYSTEM = """\
         {{- AFTER }}
     {%- endif %}
     {{- '<|im_end|>\\n' }}
-{%- endif %}""".replace("BEFORE", repr(TOOLS_BEFORE)).replace("AFTER", repr(TOOLS_AFTER))
+{%- endif %}""".replace("BEFORE", repr(TOOLS_BEFORE)).replace(
+    "AFTER", repr(TOOLS_AFTER))
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-template-assistant
 TEMPLATE_ASSISTANT = """
@@ -231,7 +260,8 @@ TEMPLATE_ASSISTANT = """
             {%- set call = call.function or call %}
             {{- '\\n' if content or not loop.first else '' }}
             {{- '<tool_call>\\n{"name": ' + (call.name | tojson) + ', "arguments": ' }}
-            {{- (call.arguments if call.arguments is string else call.arguments | tojson) + '}\\n</tool_call>' }}
+            {{- (call.arguments if call.arguments is string else \
+call.arguments | tojson) + '}\\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\\n' }}"""
 
@@ -246,68 +276,99 @@ CHAT_TEMPLATE = f"""{TEMPLATE_SYSTEM}
 {{%- for message in messages %}}
     {{%- set content = message.content if message.content is string else '' %}}
     {{%- if message.role == 'user' %}}
-        {{{{- '<|im_start|>user\\n' + content + '<|im_end|>\\n' }}}}{TEMPLATE_ASSISTANT}{TEMPLATE_TOOL}
+        {{{{- '<|im_start|>user\\n' + content + '<|im_end|>\\n' }}}}\
+{TEMPLATE_ASSISTANT}{TEMPLATE_TOOL}
     {{%- endif %}}
 {{%- endfor %}}
 {{%- if add_generation_prompt %}}
     {{{{- '<|im_start|>assistant\\n' }}}}
 {{%- endif %}}"""
 
-# %% ../chapters/02_tokenizer.ipynb #tokenizer-parse-messages
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-check-message
 CHAT_ROLES = ("system", "user", "assistant", "tool")
 
 
-def parse_messages(messages: list[dict], tools: list[dict] | str | None) -> tuple[list[dict], list[dict] | None]:
-    """Messages and tools with JSON text read; ValueError names the first message that cannot be rendered."""
+def check_message(i: int, message: dict) -> None:
+    """ValueError if message number i cannot be rendered."""
+    role, content = message.get("role"), message.get("content")
+    if role not in CHAT_ROLES:
+        known = ", ".join(CHAT_ROLES)
+        raise ValueError(f"message {i}: role {role!r} is not one of {known}")
+    if role == "system" and i:
+        raise ValueError(f"message {i}: a system message may only come first")
+    silent = content is None and message.get("tool_calls")
+    if not isinstance(content, str) and not silent:
+        kind = type(content).__name__
+        raise ValueError(f"message {i}: content must be text, not {kind}")
+
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-parse-messages
+def read_json(value):
+    """What a text of JSON holds; anything else, and the empty text, as it is."""
+    return json.loads(value) if isinstance(value, str) and value else value
+
+
+def parse_messages(
+    messages: list[dict], tools: list[dict] | str | None
+) -> tuple[list[dict], list[dict] | None]:
+    """Messages and tools with JSON text read; ValueError names a bad message."""
     if not messages:
-        raise ValueError("messages is empty: give at least one {'role': ..., 'content': ...}")
+        example = "{'role': ..., 'content': ...}"
+        raise ValueError(f"messages is empty: give at least one {example}")
     read = []
     for i, message in enumerate(messages):
-        role, content, calls = (message.get(key) for key in ("role", "content", "tool_calls"))
-        if role not in CHAT_ROLES:
-            raise ValueError(f"message {i}: role {role!r} is not one of {', '.join(CHAT_ROLES)}")
-        if role == "system" and i:
-            raise ValueError(f"message {i}: a system message may only come first")
-        if not isinstance(content, str) and not (content is None and calls):
-            raise ValueError(f"message {i}: content must be text, not {type(content).__name__}")
+        check_message(i, message)
         try:
-            calls = json.loads(calls) if isinstance(calls, str) and calls else calls
-            given = message.get("tools") or None if role == "system" else None
-            tools = tools or (json.loads(given) if isinstance(given, str) else given)
-            [(call.get("function") or call)["name"] for call in calls or []]
+            calls = read_json(message.get("tool_calls")) or []
+            if message["role"] == "system" and not tools:
+                tools = read_json(message.get("tools")) or None
+            [(call.get("function") or call)["name"] for call in calls]
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"message {i}: tools or tool_calls cannot be read ({error!r})") from None
-        read.append(message | {"content": content or "", "tool_calls": calls or []})
-    return read, json.loads(tools) if isinstance(tools, str) else tools
+            what = f"message {i}: tools or tool_calls cannot be read"
+            raise ValueError(f"{what} ({error!r})") from None
+        content = message.get("content") or ""
+        read.append(message | {"content": content, "tool_calls": calls})
+    return read, read_json(tools or None)
 
-# %% ../chapters/02_tokenizer.ipynb #tokenizer-render-assistant
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-split-thought
 Piece = tuple[str, bool]  # a text, and whether the template wrote it
 
 
-def dump_json(value: object) -> str:
-    """JSON as transformers writes it in templates: letters beyond ASCII stay as they are."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def render_assistant(message: dict) -> list[Piece]:
-    """One reply: its thought if it has one, its text, its tool calls."""
+def split_thought(message: dict) -> tuple[str | None, str]:
+    """The thought of a reply, if it has one, and its text."""
     content, thought = message["content"], message.get("reasoning_content")
     if not isinstance(thought, str) and "</think>" in content:
         thought = content.split("</think>")[0].split("<think>")[-1]
         content = content.split("</think>")[-1]
-    content, pieces = content.lstrip(), [("<|im_start|>assistant\n", True)]
-    if isinstance(thought, str):
-        pieces += [("<think>\n", True), (thought.strip("\n"), False), ("\n</think>\n\n", True)]
+    return thought if isinstance(thought, str) else None, content.lstrip()
+
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-render-call
+def dump_json(value: object) -> str:
+    """JSON as transformers writes it in templates: letters beyond ASCII stay."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def render_call(call: dict) -> list[Piece]:
+    """One tool call."""
+    call = call.get("function") or call
+    given = call.get("arguments", {})
+    given = given if isinstance(given, str) else dump_json(given)
+    text = f'{{"name": {dump_json(call["name"])}, "arguments": {given}}}'
+    return [("<tool_call>\n", True), (text, False), ("\n</tool_call>", True)]
+
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-render-assistant
+def render_assistant(message: dict) -> list[Piece]:
+    """One reply: its thought if it has one, its text, its tool calls."""
+    thought, content = split_thought(message)
+    pieces = [("<|im_start|>assistant\n", True)]
+    if thought is not None:
+        pieces += [("<think>\n", True), (thought.strip("\n"), False)]
+        pieces.append(("\n</think>\n\n", True))
     pieces.append((content, False))
     for i, call in enumerate(message["tool_calls"]):
-        call = call.get("function") or call
-        given = call.get("arguments", {})
-        given = given if isinstance(given, str) else dump_json(given)
-        pieces += [("\n" if content or i else "", True), ("<tool_call>\n", True)]
-        pieces += [(f'{{"name": {dump_json(call["name"])}, "arguments": {given}}}', False), ("\n</tool_call>", True)]
+        pieces += [("\n" if content or i else "", True), *render_call(call)]
     return [*pieces, ("<|im_end|>\n", True)]
 
-# %% ../chapters/02_tokenizer.ipynb #tokenizer-render-chat
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-render-system
 def render_system(first: str | None, tools: list[dict] | None) -> list[Piece]:
     """What opens a chat: the system message and the tools, if there are any."""
     if first is None and not tools:
@@ -315,17 +376,20 @@ def render_system(first: str | None, tools: list[dict] | None) -> list[Piece]:
     pieces = [("<|im_start|>system\n", True), (first or "", False)]
     if tools:
         pieces.append((("\n\n" if first else "") + TOOLS_BEFORE, True))
-        pieces += [("\n" + dump_json(tool), False) for tool in tools] + [(TOOLS_AFTER, True)]
+        pieces += [("\n" + dump_json(tool), False) for tool in tools]
+        pieces.append((TOOLS_AFTER, True))
     return [*pieces, ("<|im_end|>\n", True)]
 
-
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-render-chat
 def render_chat(
-    messages: list[dict], tools: list[dict] | None = None, add_generation_prompt: bool = False
+    messages: list[dict], tools: list[dict] | None = None,
+    add_generation_prompt: bool = False,
 ) -> list[Piece]:
-    """A conversation in pieces; joined, they are what CHAT_TEMPLATE gives. ValueError for a bad message."""
+    """A conversation in pieces; joined, they are what CHAT_TEMPLATE gives."""
     messages, tools = parse_messages(messages, tools)
     roles = [message["role"] for message in messages]
-    pieces = render_system(messages[0]["content"] if roles[0] == "system" else None, tools)
+    opening = messages[0]["content"] if roles[0] == "system" else None
+    pieces = render_system(opening, tools)
     for i, (role, message) in enumerate(zip(roles, messages)):
         content = (message["content"], False)
         if role == "user":
@@ -333,71 +397,68 @@ def render_chat(
         elif role == "assistant":
             pieces += render_assistant(message)
         elif role == "tool":
-            pieces.append(("<|im_start|>user" if roles[i - 1 : i] != ["tool"] else "", True))
-            pieces += [("\n<tool_response>\n", True), content, ("\n</tool_response>", True)]
-            pieces.append(("<|im_end|>\n" if roles[i + 1 : i + 2] != ["tool"] else "", True))
+            first, last = roles[i - 1 : i] != ["tool"], roles[i + 1 : i + 2] != ["tool"]
+            pieces.append(("<|im_start|>user" if first else "", True))
+            pieces += [("\n<tool_response>\n", True), content]
+            pieces.append(("\n</tool_response>", True))
+            pieces.append(("<|im_end|>\n" if last else "", True))
     return pieces + [("<|im_start|>assistant\n", True)] * add_generation_prompt
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-render-template
 def render_template(
-    template: str, messages: list[dict], tools: list[dict] | None, add_generation_prompt: bool
+    template: str, messages: list[dict], tools: list[dict] | None,
+    add_generation_prompt: bool,
 ) -> str:
-    """Render a foreign chat template with jinja2 (torch brings it along), with the helpers that such templates use."""
+    """Render a foreign chat template, with the helpers that such templates use."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def fail(text: str) -> None:
         raise ValueError(f"the chat template refuses these messages: {text}")
 
     jinja = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    jinja.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    dump = lambda value, **given: json.dumps(value, **({"ensure_ascii": False} | given))
+    jinja.filters["tojson"] = dump
     jinja.globals["raise_exception"] = fail
     messages, tools = parse_messages(messages, tools)
     return jinja.from_string(template).render(
-        messages=messages, tools=tools, add_generation_prompt=add_generation_prompt
-    )
+        messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
 
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-class
 class Tokenizer(BytePairCoder):
-    """A coder with special tokens, chat template and files. transformers.AutoTokenizer reads the same folder."""
+    """A coder with special tokens, a chat template, and files for transformers."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, chat_template: str = CHAT_TEMPLATE):
+    def __init__(
+        self, backend: tokenizers.Tokenizer, chat_template: str = CHAT_TEMPLATE
+    ):
         super().__init__(backend)
         self.chat_template, self.vocab_size = chat_template, len(self._bytes)
-        if missing := [name for name in SPECIAL_TOKENS[:3] if name not in self.special_ids]:
-            raise ValueError(
-                f"this tokenizer has no special token {' '.join(missing)}; chat needs {' '.join(SPECIAL_TOKENS[:3])}"
-            )
-        self.eos_id, self.im_start_id, self.im_end_id = (self.special_ids[name] for name in SPECIAL_TOKENS[:3])
+        needed, ids = SPECIAL_TOKENS[:3], self.special_ids
+        if missing := " ".join(name for name in needed if name not in ids):
+            raise ValueError(f"this tokenizer has no special token {missing}; "
+                             f"chat needs {' '.join(needed)}")
+        self.eos_id, self.im_start_id, self.im_end_id = (ids[name] for name in needed)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn from texts. Fewer than vocab_size tokens come out where no pair is left that occurs twice."""
+        """Learn from texts; fewer than vocab_size tokens where no pair occurs twice."""
         return cls(train_backend(texts, vocab_size))
 
     def token_bytes(self) -> list[bytes]:
         """For each id the bytes it stands for; a special token's are its spelling."""
         return list(self._bytes)
 
-    def apply_chat_template(self, messages: list[dict], tools: list[dict] | None = None,
-                            add_generation_prompt: bool = False, tokenize: bool = True) -> list[int] | str:  # fmt: skip
-        """A conversation as ids (or text). What people wrote never becomes a special token."""
+    def apply_chat_template(
+        self, messages: list[dict], tools: list[dict] | None = None,
+        add_generation_prompt: bool = False, tokenize: bool = True,
+    ) -> list[int] | str:
+        """A conversation as ids (or text). What people wrote never becomes special."""
+        given = (messages, tools, add_generation_prompt)
         if self.chat_template != CHAT_TEMPLATE:
-            text = render_template(self.chat_template, messages, tools, add_generation_prompt)
+            text = render_template(self.chat_template, *given)
             return self.encode(text, allow_special=True) if tokenize else text
-        pieces = render_chat(messages, tools, add_generation_prompt)
-        return self._piece_ids(pieces) if tokenize else "".join(text for text, _ in pieces)
-
-    def _piece_ids(self, pieces: list[Piece]) -> list[int]:
-        ids, run = [], ""
-        for text, ours in pieces:
-            for part in re.split(r"(<[^<>]+>)", text) if ours else [text]:
-                if ours and part in self.special_ids:
-                    ids, run = [*ids, *self.encode(run), self.special_ids[part]], ""
-                else:
-                    run += part
-        return ids + self.encode(run)
+        pieces = render_chat(*given)
+        return piece_ids(self, pieces) if tokenize else "".join(t for t, _ in pieces)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja."""
@@ -405,34 +466,54 @@ class Tokenizer(BytePairCoder):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
-        """Read a folder that save_pretrained or Hugging Face wrote; a missing or damaged file is named."""
+        """Read a folder that save_pretrained or Hugging Face wrote."""
         return cls(*read_tokenizer(Path(folder)))
 
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-piece-ids
+def piece_ids(coder: Tokenizer, pieces: list[Piece]) -> list[int]:
+    """The ids of a rendered chat; only our own pieces hold special tokens."""
+    ids, run = [], ""
+    for text, ours in pieces:
+        for part in re.split(r"(<[^<>]+>)", text) if ours else [text]:
+            if ours and part in coder.special_ids:
+                ids, run = [*ids, *coder.encode(run), coder.special_ids[part]], ""
+            else:
+                run += part
+    return ids + coder.encode(run)
+
 # %% ../chapters/02_tokenizer.ipynb #tokenizer-files
-def write_tokenizer(folder: Path, backend: tokenizers.Tokenizer, chat_template: str) -> None:
+def write_tokenizer(
+    folder: Path, backend: tokenizers.Tokenizer, chat_template: str
+) -> None:
     """The files from which transformers.AutoTokenizer builds an equal tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
-    start, end = SPECIAL_TOKENS[1:3]
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 131072, "bos_token": start,
-              "eos_token": end, "pad_token": SPECIAL_TOKENS[0], "unk_token": SPECIAL_TOKENS[0],
-              "clean_up_tokenization_spaces": False, "chat_template": chat_template}  # fmt: skip
+    end_of_text, start, end = SPECIAL_TOKENS[:3]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 131072,
+        "bos_token": start, "eos_token": end, "pad_token": end_of_text,
+        "unk_token": end_of_text, "clean_up_tokenization_spaces": False,
+        "chat_template": chat_template,
+    }
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    written = json.dumps(config, indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(written, encoding="utf-8")
     (folder / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
 
-
+# %% ../chapters/02_tokenizer.ipynb #tokenizer-read
 def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, str]:
-    """The backend and the chat template (ours where the folder has none)."""
-    path, config, template = (
-        folder / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    )
+    """The backend and the chat template; a missing or damaged file is named."""
+    path, config = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {folder} is no folder with a tokenizer")
+        why = f"{folder} is no folder with a tokenizer"
+        raise FileNotFoundError(f"{path} is missing: {why}")
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
-        named = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        text = config.read_text(encoding="utf-8") if config.is_file() else "{}"
+        named = json.loads(text)
     except Exception as error:  # the library raises nothing more precise
-        raise ValueError(f"the tokenizer in {folder} is damaged ({error}): save it again") from None
-    return backend, template.read_text(encoding="utf-8") if template.is_file() else named.get(
-        "chat_template"
-    ) or CHAT_TEMPLATE
+        why = f"the tokenizer in {folder} is damaged ({error})"
+        raise ValueError(f"{why}: save it again") from None
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        return backend, template.read_text(encoding="utf-8")
+    return backend, named.get("chat_template") or CHAT_TEMPLATE
