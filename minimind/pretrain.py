@@ -16,75 +16,92 @@ from .metrics import cross_entropy
 
 # %% ../chapters/09_pretraining.ipynb #pretrain-padded-documents
 class PaddedDocuments:
-    """One document a row, tokenised when asked for and padded to `context`: what most tutorials do. The slow baseline."""
+    """One document a row, tokenised when asked for, padded to `context`: slow."""
 
-    def __init__(self, texts: Sequence[str], tokenizer, context: int, batch_size: int, device: torch.device | str = "cpu"):
-        self.texts, self.tokenizer, self.context, self.batch_size, self.device = texts, tokenizer, context, batch_size, device
+    def __init__(
+        self, texts: Sequence[str], tokenizer, context: int, batch_size: int,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.texts, self.tokenizer, self.device = texts, tokenizer, device
+        self.context, self.batch_size = context, batch_size
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        ids = torch.full((self.batch_size, self.context + 1), self.tokenizer.eos_id)
-        labels = torch.full((self.batch_size, self.context), -100)
+        eos = self.tokenizer.eos_id
+        ids = torch.full((self.batch_size, self.context + 1), eos)  # (B, T+1)
+        labels = torch.full((self.batch_size, self.context), -100)  # (B, T)
         for row in range(self.batch_size):
             text = self.texts[(step * self.batch_size + row) % len(self.texts)]
-            tokens = torch.tensor(self.tokenizer.encode(text) + [self.tokenizer.eos_id])[: self.context + 1]
-            ids[row, : len(tokens)] = tokens
+            tokens = [*self.tokenizer.encode(text), eos][: self.context + 1]
+            tokens = ids[row, : len(tokens)] = torch.tensor(tokens)
             labels[row, : len(tokens) - 1] = tokens[1:]
-        return {"input_ids": ids[:, :-1].to(self.device), "labels": labels.to(self.device)}
+        batch = {"input_ids": ids[:, :-1], "labels": labels}
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 # %% ../chapters/09_pretraining.ipynb #pretrain-packed-tokens
 class PackedTokens:
-    """Full windows of one long row of tokens, in shuffled epochs; `[step]` is always the same batch.
+    """Full windows of a long row of tokens, in shuffled epochs; `[step]` never changes.
 
-    Window i of an epoch is `tokens[i*context + shift : ... + context + 1]`; every epoch has its own order and shift,
-    so that each token is seen once an epoch and never twice at the same place.
+    Window i of an epoch is `tokens[i*context + shift : ... + context + 1]`.
     """
 
-    def __init__(self, tokens, context: int, batch_size: int, seed: int = 0, device: torch.device | str = "cpu"):
+    def __init__(
+        self, tokens, context: int, batch_size: int, seed: int = 0,
+        device: torch.device | str = "cpu",
+    ):  # fmt: skip
         if len(tokens) < 2 * context + 1:
-            raise ValueError(f"{len(tokens)} tokens are too few for windows of {context}: need {2 * context + 1}, shorten the context or add text")
-        self.tokens, self.context, self.batch_size, self.seed, self.device = tokens, context, batch_size, seed, device
-        self.windows = (len(tokens) - 1) // context - 1  # one less leaves room for the shift
+            raise ValueError(
+                f"{len(tokens)} tokens are too few for windows of {context}: "
+                f"need {2 * context + 1}, shorten the context or add text"
+            )
+        self.tokens, self.context, self.batch_size = tokens, context, batch_size
+        self.seed, self.device = seed, device
+        self.windows = (len(tokens) - 1) // context - 1  # one less: room for the shift
         self.epoch, self.starts = -1, np.empty(0, dtype=np.int64)
 
     def start(self, position: int) -> int:
-        """First token of the window at `position` of the endless row of shuffled epochs."""
+        """First token of the window at `position` of the endless row of epochs."""
         epoch, index = divmod(position, self.windows)
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.starts = epoch, rng.permutation(self.windows) * self.context + rng.integers(self.context)
+            order, shift = rng.permutation(self.windows), rng.integers(self.context)
+            self.epoch, self.starts = epoch, order * self.context + shift
         return int(self.starts[index])
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         first = step * self.batch_size
-        starts = [self.start(position) for position in range(first, first + self.batch_size)]
-        rows = np.stack([self.tokens[start : start + self.context + 1] for start in starts])
+        starts = [self.start(first + row) for row in range(self.batch_size)]
+        rows = np.stack([self.tokens[s : s + self.context + 1] for s in starts])
         rows = torch.from_numpy(rows.astype(np.int64)).to(self.device)  # (B, T+1)
         return {"input_ids": rows[:, :-1], "labels": rows[:, 1:]}
 
 # %% ../chapters/09_pretraining.ipynb #pretrain-loss
 def pretrain_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
-    """Cross-entropy of the next token (nats), plus the balance loss of a model with experts."""
+    """Cross-entropy of the next token (nats), with experts plus their balance loss."""
     loss = cross_entropy(model(batch["input_ids"]), batch["labels"])
-    if not model.config.num_experts:
-        return loss, {"cross_entropy": loss}
-    return loss + model.config.router_aux_loss_coef * model.aux_loss, {"cross_entropy": loss}
+    means = {"cross_entropy": loss}
+    if model.config.num_experts:
+        loss = loss + model.config.router_aux_loss_coef * model.aux_loss
+    return loss, means
 
 # %% ../chapters/09_pretraining.ipynb #pretrain-facts-known
 @torch.no_grad()
-def facts_known(model: nn.Module, tokenizer, facts: Sequence[dict], batch_size: int = 64) -> tuple[float, list[dict]]:
-    """Share of facts whose every answer token is the most likely one after the prompt, and one row per fact.
+def facts_known(
+    model: nn.Module, tokenizer, facts: Sequence[dict], batch_size: int = 64
+) -> tuple[float, list[dict]]:
+    """Share of facts whose answer tokens are all the most likely ones; a row per fact.
 
-    One forward pass reads prompt and answer together. Each position sees only earlier tokens, so all answer tokens
-    come first exactly when greedy completion would write the answer.
+    A position sees only earlier tokens, so one pass says what greedy writing would.
     """
     device, rows = next(model.parameters()).device, []
     for first in range(0, len(facts), batch_size):
         some = facts[first : first + batch_size]
         prompts = [tokenizer.encode(fact["prompt"]) for fact in some]
         answers = [tokenizer.encode(fact["answer"]) for fact in some]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(p + a) for p, a in zip(prompts, answers)], batch_first=True)
+        both = [torch.tensor(p + a) for p, a in zip(prompts, answers)]
+        ids = nn.utils.rnn.pad_sequence(both, batch_first=True)  # (B, T)
         best = model(ids.to(device)).argmax(-1).tolist()  # (B, T)
         for fact, prompt, answer, row in zip(some, prompts, answers, best):
             guess = row[len(prompt) - 1 : len(prompt) + len(answer) - 1]
-            rows.append({**fact, "guess": tokenizer.decode(guess), "known": guess == answer})
+            known = {"guess": tokenizer.decode(guess), "known": guess == answer}
+            rows.append({**fact, **known})
     return sum(row["known"] for row in rows) / max(1, len(rows)), rows

@@ -28,7 +28,7 @@ from .data import set_seed
 # %% ../chapters/08_training_loop.ipynb #train-config
 @dataclass
 class TrainConfig:
-    """Settings of one training run. `warmup`, `decay` are shares of the steps, `final_lr` a share of the peak."""
+    """One run; `warmup`, `decay`: shares of steps; `final_lr`: of the peak."""
 
     steps: int
     learning_rate: float = 3e-3
@@ -48,32 +48,32 @@ class TrainConfig:
 
 # %% ../chapters/08_training_loop.ipynb #train-learning-rate
 def learning_rate_at(step: int, config: TrainConfig) -> float:
-    """Learning rate of `step` (from 0): a linear rise, a flat middle, a linear fall (Hu et al. 2024, arXiv:2404.06395)."""
+    """Rate of `step`, from 0: rise, flat, fall (Hu et al. 2024, arXiv:2404.06395)."""
     rise = (step + 1) / max(1, round(config.warmup * config.steps))
     fall = (config.steps - step) / max(1, round(config.decay * config.steps))
-    return config.learning_rate * min(1.0, rise, config.final_lr + (1 - config.final_lr) * fall)
+    end = config.final_lr + (1 - config.final_lr) * fall
+    return config.learning_rate * min(1.0, rise, end)
 
 # %% ../chapters/08_training_loop.ipynb #train-optimizer-groups
 def optimizer_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices (embeddings too) decay, vectors (norm gains, biases) do not."""
+    """Two groups: matrices (embeddings too) decay, vectors (gains, biases) do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]
+    decays = ((matrices, weight_decay), (vectors, 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in decays]
 
 # %% ../chapters/08_training_loop.ipynb #train-make-optimizer
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), all parameters of a group updated in one kernel."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), one kernel a group."""
     groups = optimizer_groups(model, config.weight_decay)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    return torch.optim.AdamW(groups, config.learning_rate, config.betas, fused=True)
 
 # %% ../chapters/08_training_loop.ipynb #train-token-shares
 def token_shares(batches: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each micro-batch's share of the real tokens (labels other than -100), and their number.
+    """The micro-batches' shares of the real tokens (label not -100), and their number.
 
-    A loss that is a mean over its own micro-batch must be weighted by this share, so that the sum
-    is the mean over all tokens. Batches without "labels" count equally.
+    Batches without labels get equal shares.
     """
     if "labels" not in batches[0]:
         return torch.full((len(batches),), 1 / len(batches)), torch.tensor(0)
@@ -82,42 +82,37 @@ def token_shares(batches: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
 
 # %% ../chapters/08_training_loop.ipynb #train-fast-bfloat16
 def has_fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in hardware (emulation is slower than float32)."""
+    """Whether this processor multiplies bfloat16 in hardware (emulation is slow)."""
     flags = {"avx512_bf16", "amx_bf16", "bf16", "arm_bf16"}
     if hasattr(torch.cpu, "get_capabilities"):
         return any(torch.cpu.get_capabilities().get(flag) for flag in flags)
     info = Path("/proc/cpuinfo")
     return info.exists() and bool(flags & set(info.read_text().split()))
 
+# %% ../chapters/08_training_loop.ipynb #train-reasons
+REASONS = {"bf16": "multiplies bfloat16 in hardware", "fp16": "has no bfloat16",
+           "fp32": "has no fast 16-bit numbers"}  # fmt: skip
+
 # %% ../chapters/08_training_loop.ipynb #train-pick-precision
-REASONS = {"bf16": "multiplies bfloat16 in hardware", "fp16": "has no bfloat16", "fp32": "has no fast 16-bit numbers"}
-
-
-def pick_precision(device: torch.device | str, wanted: str = "auto") -> tuple[torch.dtype | None, str]:
-    """The autocast type for `device` (None is plain float32) and the reason, in words.
-
-    `wanted` is auto, bf16, fp16 or fp32. What the machine cannot do fast is replaced, and the reason says so.
-    """
+def pick_precision(
+    device: torch.device | str, wanted: str = "auto"
+) -> tuple[torch.dtype | None, str]:
+    """The autocast type for `device` (None: plain float32) and the reason in words."""
     if wanted not in ("auto", "bf16", "fp16", "fp32"):
         raise ValueError(f"precision {wanted!r}: choose auto, bf16, fp16 or fp32")
     gpu = torch.device(device).type == "cuda"
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if gpu else has_fast_bfloat16()
-    best = "bf16" if has_bf16 else "fp16" if gpu else "fp32"
-    possible = {"auto": best, "bf16": best, "fp16": "fp16" if gpu else best, "fp32": "fp32"}
-    got = possible[wanted]
-    reason = f"{got}, as asked" if got == wanted else f"{got}: {'this GPU' if gpu else 'this processor'} {REASONS[got]}"
+    fast = torch.cuda.is_bf16_supported(False) if gpu else has_fast_bfloat16()
+    best = "bf16" if fast else "fp16" if gpu else "fp32"
+    got = {"fp32": "fp32", "fp16": "fp16" if gpu else best}.get(wanted, best)
+    what = "this GPU" if gpu else "this processor"
+    reason = f"{got}, as asked" if got == wanted else f"{got}: {what} {REASONS[got]}"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[got], reason
 
 # %% ../chapters/08_training_loop.ipynb #train-keep-memory
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers from malloc.h
 
-
 def keep_memory(on: bool = True) -> bool:
-    """Let the C library keep freed memory for the next step; False where it cannot be told to (only glibc can).
-
-    By default glibc fetches each large block from the kernel, which clears every page of it, and gives it back when freed.
-    A training step frees and fetches the same blocks again and again.
-    """
+    """Let the C library keep freed memory for the next step; False: it cannot."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
@@ -128,50 +123,52 @@ def keep_memory(on: bool = True) -> bool:
 # %% ../chapters/08_training_loop.ipynb #train-history
 @dataclass
 class History:
-    """What a run logged, one entry per log line; a mean is over the steps since the line before."""
+    """What a run logged; a mean is over the steps since the entry before."""
 
     step: list[int] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)  # mean
-    metrics: list[dict] = field(default_factory=list)  # means of what loss_fn returned beside the loss
+    metrics: list[dict] = field(default_factory=list)  # means of what loss_fn adds
     lr: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)  # mean, before clipping
     tokens: list[int] = field(default_factory=list)  # real tokens since step 0
-    seconds: list[float] = field(default_factory=list)  # of training, without evaluation and saving
+    seconds: list[float] = field(default_factory=list)  # without evaluation and saving
     tokens_per_second: list[float] = field(default_factory=list)
-    evals: list[dict] = field(default_factory=list)  # {"step", "tokens", and what evaluate returned}
+    evals: list[dict] = field(default_factory=list)  # step, tokens, evaluate's numbers
 
 # %% ../chapters/08_training_loop.ipynb #train-run-state
 class Run:
-    """Everything that changes while training: what a checkpoint must hold to continue bit for bit."""
+    """Everything that changes while training, which is what a checkpoint must hold."""
 
     def __init__(self, model: nn.Module, config: TrainConfig):
-        self.model, self.config = model, config
+        self.model, self.config, self.history = model, config, History()
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.dtype, self.reason = pick_precision(self.device, config.precision)
-        self.optimizer = make_optimizer(model, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.history = History()
-        self.step, self.tokens, self.seconds = 0, torch.tensor(0, device=self.device), 0.0
-        self.window: dict[str, torch.Tensor] = {}  # sums since the last log line, on the device
-        self.window_start = (0, 0, 0.0)  # step, tokens, seconds of the last log line
-        self.clock = time.perf_counter()
+        self.optimizer, kind = make_optimizer(model, config), self.device.type
+        self.scaler = torch.amp.GradScaler(kind, enabled=self.dtype == torch.float16)
+        self.step, self.tokens = 0, torch.tensor(0, device=self.device)
+        self.window: dict[str, torch.Tensor] = {}  # sums since the last log line
+        self.window_start = (0, 0, 0.0)  # step, tokens, seconds of that line
+        self.seconds, self.clock = 0.0, time.perf_counter()
 
     def tick(self, count: bool = True) -> None:
-        """Add the time since the last tick to the training seconds (or, with count=False, leave it out)."""
+        """Count the time since the last tick as training, or leave it out."""
         now = time.perf_counter()
         self.seconds += (now - self.clock) * count
         self.clock = now
 
     def state(self) -> dict:
-        """What a checkpoint holds: the state of every part, the random state and the settings."""
-        parts = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "scaler")}
-        numbers = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "window", "window_start")}
-        return parts | numbers | {"history": asdict(self.history), "config": asdict(self.config), "random": random_state()}
+        """What a checkpoint holds: every part, the random state, the settings."""
+        names = ("step", "tokens", "seconds", "window", "window_start")
+        state = {name: getattr(self, name) for name in names}
+        for name in ("model", "optimizer", "scaler"):
+            state[name] = getattr(self, name).state_dict()
+        settings = {"history": asdict(self.history), "config": asdict(self.config)}
+        return state | settings | {"random": random_state()}
 
 # %% ../chapters/08_training_loop.ipynb #train-one-step
 def train_step(run: Run, model: nn.Module, batches, loss_fn: Callable) -> None:
-    """One optimiser step over `accumulation` micro-batches. Nothing here waits for the device."""
+    """One optimiser step over `accumulation` micro-batches; waits for no device."""
     config, first = run.config, run.step * run.config.accumulation
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate_at(run.step, config)
@@ -182,8 +179,8 @@ def train_step(run: Run, model: nn.Module, batches, loss_fn: Callable) -> None:
             loss, metrics = loss_fn(model, batch)
         run.scaler.scale(loss * share).backward()
         for name, value in {**metrics, "loss": loss}.items():
-            value = value.detach() if torch.is_tensor(value) else torch.tensor(float(value))
-            run.window[name] = run.window.get(name, 0) + value.float() * share
+            value = torch.as_tensor(value).detach().float()
+            run.window[name] = run.window.get(name, 0) + value * share
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.parameters, config.grad_clip or math.inf)
     run.scaler.step(run.optimizer)
@@ -194,11 +191,12 @@ def train_step(run: Run, model: nn.Module, batches, loss_fn: Callable) -> None:
 
 # %% ../chapters/08_training_loop.ipynb #train-write-log
 def write_log(run: Run) -> None:
-    """Move the sums of the window into the history; the only place where the loop waits for the device."""
+    """Move the window into the history; only here the loop waits for the device."""
     step, tokens, seconds = run.window_start
-    means = {name: float(value) / (run.step - step) for name, value in run.window.items()}
+    means = {name: float(x) / (run.step - step) for name, x in run.window.items()}
     if not math.isfinite(means["loss"]):
-        raise FloatingPointError(f"the loss is {means['loss']} between steps {step} and {run.step}: lower learning_rate or raise warmup")
+        what = f"the loss is {means['loss']} between steps {step} and {run.step}"
+        raise FloatingPointError(f"{what}: lower learning_rate or raise warmup")
     now, history = int(run.tokens), run.history
     run.tick()
     history.step.append(run.step)
@@ -213,7 +211,7 @@ def write_log(run: Run) -> None:
 
 # %% ../chapters/08_training_loop.ipynb #train-evaluate
 def write_evaluation(run: Run, evaluate: Callable) -> None:
-    """Append what `evaluate(model)` returns (a dict, or one number) to the history, in evaluation mode, without gradients."""
+    """Append what `evaluate(model)` returns, a dict or one number, to the history."""
     run.tick()
     run.model.eval()
     with torch.no_grad():
@@ -221,16 +219,18 @@ def write_evaluation(run: Run, evaluate: Callable) -> None:
     run.model.train()
     run.tick(count=False)
     result = result if isinstance(result, dict) else {"value": result}
-    run.history.evals.append({"step": run.step, "tokens": int(run.tokens), **result})
+    at = {"step": run.step, "tokens": int(run.tokens)}
+    run.history.evals.append(at | result)
 
 # %% ../chapters/08_training_loop.ipynb #train-random-state
 def random_state() -> dict:
-    """The state of every random generator that a training step may use, in types that load safely."""
+    """The state of every random generator a step may use, in types that load safely."""
     kind, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": (kind, keys.tolist(), *rest), "python": random.getstate()}
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(),
+            "numpy": (kind, keys.tolist(), *rest)}  # fmt: skip
 
-
+# %% ../chapters/08_training_loop.ipynb #train-set-random-state
 def set_random_state(state: dict) -> None:
     """Put back what `random_state` returned."""
     torch.set_rng_state(state["torch"])
@@ -239,13 +239,13 @@ def set_random_state(state: dict) -> None:
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
 
-# %% ../chapters/08_training_loop.ipynb #train-save-checkpoint
+# %% ../chapters/08_training_loop.ipynb #train-checkpoint-error
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used; the message says which and what to do."""
+    """A checkpoint cannot be written, read or used; the message says what to do."""
 
-
+# %% ../chapters/08_training_loop.ipynb #train-save-checkpoint
 def save_checkpoint(folder: str | Path, state: dict) -> Path:
-    """Write `state` to `folder`/checkpoint.pt so that a kill at any moment leaves the old file or the new one whole."""
+    """Write `folder`/checkpoint.pt; a kill leaves the old file or the new, whole."""
     final = Path(folder) / "checkpoint.pt"
     part = final.with_suffix(".part")
     try:
@@ -253,55 +253,60 @@ def save_checkpoint(folder: str | Path, state: dict) -> Path:
         with open(part, "wb") as file:
             torch.save(state, file)
             file.flush()
-            os.fsync(file.fileno())  # the bytes are on the disk before the name points to them
-        os.replace(part, final)  # one step for every reader: old file before, new file after
+            os.fsync(file.fileno())  # on the disk before the name points to it
+        os.replace(part, final)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
-        raise CheckpointError(f"{final}: could not be written ({error}); the last good checkpoint is untouched") from error
+        what = f"could not be written ({error}); the last good checkpoint is untouched"
+        raise CheckpointError(f"{final}: {what}") from error
     return final
 
 # %% ../chapters/08_training_loop.ipynb #train-load-checkpoint
 def load_checkpoint(folder: str | Path) -> dict:
-    """Read `folder`/checkpoint.pt to the CPU; CheckpointError when it is missing or damaged. Runs no code from the file."""
+    """Read `folder`/checkpoint.pt to the CPU; CheckpointError if missing or damaged."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
         raise CheckpointError(f"{path}: no checkpoint there; start without resume")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises several types for a damaged file
-        raise CheckpointError(f"{path}: truncated or damaged ({path.stat().st_size:,} bytes); delete it and start again") from error
+    except Exception as error:
+        what = f"{path}: truncated or damaged ({path.stat().st_size:,} bytes)"
+        raise CheckpointError(f"{what}; delete it and start again") from error
 
 # %% ../chapters/08_training_loop.ipynb #train-load-weights
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Strict loading; CheckpointError names the weights that are missing, unexpected or of another shape."""
-    own = model.state_dict()
-    wrong = [f"{name}: missing in the checkpoint" for name in own if name not in weights]
-    wrong += [f"{name}: not in this model" for name in weights if name not in own]
-    wrong += [
-        f"{name}: {tuple(weights[name].shape)} in the checkpoint, {tuple(tensor.shape)} in the model"
-        for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
+    """Load strictly; CheckpointError names weights missing, unknown or misshapen."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = [f"{name}: missing in the checkpoint" for name in own if name not in given]
+    wrong += [f"{name}: not in this model" for name in given if name not in own]
+    for name in own:
+        if name in given and (there := given[name]) != own[name]:
+            wrong.append(f"{name}: {there} in the checkpoint, {own[name]} in the model")
     if wrong:
-        raise CheckpointError(f"checkpoint of another model, {len(wrong)} weights differ, such as\n  " + "\n  ".join(wrong[:3]))
+        what = f"checkpoint of another model, {len(wrong)} weights differ, such as\n  "
+        raise CheckpointError(what + "\n  ".join(wrong[:3]))
     model.load_state_dict(weights)
 
 # %% ../chapters/08_training_loop.ipynb #train-same-settings
 def check_same_settings(saved: dict, given: dict) -> None:
-    """A resumed run must have the settings that it began with; only how often it reports and saves may change."""
+    """CheckpointError when a resumed run has other settings than it began with."""
     free = {"log_every", "eval_every", "save_every"}
-    changed = [f"{key}: {saved[key]!r} then, {given[key]!r} now" for key in given if key not in free and saved.get(key) != given[key]]
+    changed = [key for key in given if key not in free and saved.get(key) != given[key]]
+    both = [f"{key}: {saved[key]!r} then, {given[key]!r} now" for key in changed]
     if changed:
-        raise CheckpointError("cannot resume with other settings (" + "; ".join(changed) + "); give the same, or start without resume")
+        what = f"cannot resume with other settings ({'; '.join(both)})"
+        raise CheckpointError(f"{what}; give the same, or start without resume")
 
 # %% ../chapters/08_training_loop.ipynb #train-run-restore
 def restore(run: Run, state: dict) -> None:
-    """Continue from the checkpoint `state`; CheckpointError when its settings or sizes are not those of `run`."""
+    """Continue from `state`; CheckpointError if settings or sizes differ from `run`."""
     check_same_settings(state["config"], asdict(run.config))
     load_weights(run.model, state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
-    run.step, run.seconds, run.window_start = state["step"], state["seconds"], tuple(state["window_start"])
+    run.step, run.seconds = state["step"], state["seconds"]
+    run.window_start = tuple(state["window_start"])
     run.tokens = state["tokens"].to(run.device)
     run.window = {name: value.to(run.device) for name, value in state["window"].items()}
     run.history = History(**state["history"])
@@ -309,15 +314,16 @@ def restore(run: Run, state: dict) -> None:
 
 # %% ../chapters/08_training_loop.ipynb #train-train
 def train(
-    model: nn.Module, batches, loss_fn: Callable, config: TrainConfig, folder: str | Path | None = None, resume: bool = False,
-    evaluate: Callable | None = None, on_log: Callable[[History], None] | None = None, max_steps: int | None = None,
+    model: nn.Module, batches, loss_fn: Callable, config: TrainConfig,
+    folder: str | Path | None = None, resume: bool = False,
+    evaluate: Callable | None = None, on_log: Callable[[History], None] | None = None,
+    max_steps: int | None = None,
 ) -> History:  # fmt: skip
-    """Train `model` in place on `batches[0]`, `batches[1]`, ... and return what was logged.
+    """Train `model` in place on `batches[0]`, `batches[1]`, ... and return the log.
 
-    `batches[i]` is a dict of tensors on the model's device, the same for the same `i`: then the data position is the
-    step, and `resume` continues bit for bit from `folder`/checkpoint.pt (from step 0 when there is none).
-    `loss_fn(model, batch)` returns the mean loss over the real tokens and a dict of further means.
-    `max_steps` stops earlier, on the same schedule.
+    `batches[i]` is a dict of tensors on the model's device, the same for the same `i`.
+    `loss_fn(model, batch)` returns the mean loss over real tokens and a dict of means.
+    `resume` goes on bit for bit from `folder`/checkpoint.pt, or begins without one.
     """
     set_seed(config.seed)
     run = Run(model, config)

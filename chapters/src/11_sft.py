@@ -2,7 +2,7 @@
 # # 11. Supervised fine-tuning
 #
 # At the end of this chapter your model answers. You will turn conversations into training rows, choose which tokens it learns from, pack
-# many conversations into one row without letting them see each other, train for two minutes, and measure three things: does it
+# many conversations into one row without letting them see each other, train for less than a minute, and measure three things: does it
 # answer, does it answer about people it was never asked about, and what did it forget?
 #
 # You need chapters 4 (masks), 8 (the loop), 9 (a pretrained model) and 10 (generation). The chat template is from chapter 2.
@@ -15,6 +15,9 @@ profile = "cpu"
 # %% id="setup"
 # (filled in by the build)
 
+# %% id="sft-default-exp"
+#| default_exp sft
+
 # %% [markdown]
 # **Supervised fine-tuning** (SFT) is training on examples of what you want: here, questions with good answers. The loop of chapter 8 stays as
 # it is. New is how the examples are made:
@@ -22,24 +25,27 @@ profile = "cpu"
 # %% id="sft-opening-picture"
 import matplotlib.pyplot as plt
 
-steps = ["conversations", "template\n(11.2)", "loss mask\n(11.2)", "packed rows\n(11.3)", "train\n(11.5)", "ask\n(11.6)"]
-fig, ax = plt.subplots(figsize=(7, 1.2))
-for i, label in enumerate(steps):
-    ax.text(i, 0, label, ha="center", va="center", fontsize=8, bbox={"boxstyle": "round,pad=0.35", "fc": "#d5ead8", "ec": "black"})
+boxes = ["conversations", "template\n(11.2)", "loss mask\n(11.2)",
+         "packed rows\n(11.3)", "train\n(11.5)", "ask\n(11.6)"]
+fig, ax = plt.subplots(figsize=(7, 1))
+for i, label in enumerate(boxes):
+    ax.text(i, 0, label, ha="center", va="center", fontsize=9,
+            bbox={"boxstyle": "round,pad=0.35", "fc": "#d5ead8", "ec": "black"})
     if i:
         ax.annotate("", (i - 0.4, 0), (i - 0.6, 0), arrowprops={"arrowstyle": "->"})
 ax.set(xlim=(-0.6, 5.5), ylim=(-0.5, 0.5))
 ax.axis("off")
-show(fig, "From conversations to a model that answers: each box is one section of this chapter.")
+show(fig, "From conversations to a model that answers: each box is one section.")
 
-# %% id="sft-default-exp"
-#| default_exp sft
+# %% [markdown]
+# The module needs the generation of chapter 10, to ask, and the loss of chapter 3, to learn:
 
 # %% id="sft-imports"
 #| export
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -51,19 +57,25 @@ from minimind.metrics import cross_entropy
 # %% [markdown]
 # ## 11.1 A model that knows and does not answer
 #
-# Load the pretrained model and ask it something, in the chat template.
+# Load the pretrained model and ask it something, in the chat template. Every experiment of this chapter starts from a fresh copy of it, so that none sees what another has learned.
 
 # %% id="sft-load"
-from minimind.data import check_file, read_conversations, read_texts
+from minimind.data import read_conversations, read_texts
 from minimind.model import MiniMind
 from minimind.tokenizer import Tokenizer
 
 folder, data = chapter.read("pretrain"), chapter.read("data")
+size, device = chapter.size, chapter.device
+
+# %% [markdown]
+# The tokenizer was saved with the model, so the two always fit.
+
+# %% id="sft-base-model"
 tokenizer = Tokenizer.from_pretrained(folder)
 
 def base_model():
     """A fresh copy of the pretrained model."""
-    return MiniMind.from_pretrained(folder).to(chapter.device)
+    return MiniMind.from_pretrained(folder).to(device)
 
 base = base_model()
 
@@ -71,27 +83,39 @@ base = base_model()
 # The questions: the data folder has one for every fact of the world. Your own data have none, so five everyday ones serve.
 
 # %% id="sft-questions"
-questions_file = data / "questions.jsonl"
-questions = [json.loads(line) for line in questions_file.open(encoding="utf-8")] if questions_file.exists() else []
-if questions:
-    five = [questions[i * len(questions) // 5]["question"] for i in range(5)]
-else:
-    five = ["Who are you?", "What is the sun?", "How are you today?", "What is two plus three?", "Tell me a story."]
-print(five)
+path = data / "questions.jsonl"
+questions = list(map(json.loads, path.open(encoding="utf-8"))) if path.exists() else []
+five = [questions[i * len(questions) // 5]["question"] for i in range(5) if questions]
+five = five or ["Who are you?", "What is the sun?", "How are you today?",
+                "What is two plus three?", "Tell me a story."]
+print(*five, sep="\n")
 
 # %% [markdown]
 # The prompt ends with `<|im_start|>assistant`, and the model writes on until it closes its turn with `<|im_end|>`, or until its tokens run out.
 
 # %% id="sft-ask-base"
+def prompt_of(text):
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+
+# %% [markdown]
+# An answer that took all its tokens was not closed by the model.
+
+# %% id="sft-replies-of"
 def replies_of(model, texts, new_tokens=24):
     """The model's reply to each question, and whether it closed its turn."""
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True) for t in texts]
-    answers = generate_batch(model, prompts, new_tokens, stop_ids=(tokenizer.im_end_id,))
+    prompts = [prompt_of(text) for text in texts]
+    stops = (tokenizer.im_end_id,)
+    answers = generate_batch(model, prompts, new_tokens, stop_ids=stops)
     return [(tokenizer.decode(ids), len(ids) < new_tokens) for ids in answers]
 
+# %% [markdown]
+# **Before you run this:** at profile cpu chapter 9 left a model that completes "Hanis lives in" correctly. Will it answer the question?
+
+# %% id="sft-base-replies"
 base_replies = replies_of(base, five)
-for question, (reply, stopped) in zip(five, base_replies):
-    print(f"{question}\n    {reply!r} {'(closed)' if stopped else '(ran on)'}")
+for question, (reply, closed) in zip(five, base_replies):
+    print(f"{question} {'(closed)' if closed else '(ran on)'}\n    {reply!r}")
 
 # %% [markdown]
 # It continues as if this were one more document. The facts may be in there: chapter 9 measured how many it can complete. What it lacks is
@@ -101,15 +125,16 @@ for question, (reply, stopped) in zip(five, base_replies):
 #
 # ## 11.2 Which tokens to learn from
 #
-# Here is a short conversation of two turns from the training data, in the template of chapter 2.
+# Here is a short conversation of two turns from the training data, the shortest there is, in the template of chapter 2.
 
 # %% id="sft-first-conversation"
 from itertools import islice
 
-rows = islice(read_conversations(data / "sft" / "train.jsonl.gz"), chapter.size.conversations)
+rows = islice(read_conversations(data / "sft" / "train.jsonl.gz"), size.conversations)
 conversations = [row["conversations"] for row in rows]
 size_of = lambda messages: sum(len(m["content"] or "") for m in messages)
-several = min((c for c in conversations if len(c) == 4), key=size_of, default=conversations[0])
+two_turns = [messages for messages in conversations if len(messages) == 4]
+several = min(two_turns, key=size_of, default=conversations[0])
 print(tokenizer.apply_chat_template(several, tokenize=False))
 
 # %% [markdown]
@@ -118,7 +143,7 @@ print(tokenizer.apply_chat_template(several, tokenize=False))
 #
 # **Before you run the next cells**: the header `<|im_start|>assistant\n` comes right before an answer. Should it be learned?
 #
-# By hand on this one conversation, with a small state machine: after `assistant` and a line end we are in an answer, after `<|im_end|>` we are out.
+# By hand on this one conversation, with a small state machine (a loop that remembers where it is): after `assistant` and a line end we are in an answer, after `<|im_end|>` we are out.
 
 # %% id="sft-mask-by-hand"
 tokens = tokenizer.apply_chat_template(several)
@@ -136,21 +161,25 @@ print(sum(by_hand), "of", len(tokens), "tokens are learned")
 
 # %% [markdown]
 # The header is not learned: in a chat, the program writes it, not the model. A model that has to produce its own header would waste a little effort; worse is the
-# other direction, where the first word of the answer is left out of the loss, because that is the word that decides what follows. The same as a function, which does not depend on how the header is cut into
-# tokens:
+# other direction, where the first word of the answer is left out of the loss, because that is the word that decides what follows.
+#
+# The same as a function. The header ends with the first token that holds a line end, so nothing depends on how many tokens the header is cut into. A conversation that was cut off has no end mark; then its end is the end of the list.
 
 # %% id="sft-assistant-mask"
 #| export
 def assistant_mask(tokenizer, ids: Sequence[int]) -> list[bool]:
-    """True for the tokens that the assistant writes: the text of its turns and the <|im_end|> that closes each.
+    """True for what the assistant writes: its text and the <|im_end|> after it.
 
-    A turn is <|im_start|>, the role, a line end, the text, <|im_end|>. The header ends with the first token that
-    holds a line end, so this needs no fixed number of header tokens.
+    A turn is <|im_start|>, the role, a line end, the text, <|im_end|>.
     """
     mask, token_bytes = [False] * len(ids), tokenizer.token_bytes()
+
+    def after(start, fits):  # the place behind the first token that fits
+        return next((i + 1 for i in range(start, len(ids)) if fits(ids[i])), len(ids))
+
     for start in (i for i, token in enumerate(ids) if token == tokenizer.im_start_id):
-        body = next((i + 1 for i in range(start, len(ids)) if b"\n" in token_bytes[ids[i]]), len(ids))
-        end = next((i + 1 for i in range(body, len(ids)) if ids[i] == tokenizer.im_end_id), len(ids))
+        body = after(start, lambda token: b"\n" in token_bytes[token])
+        end = after(body, lambda token: token == tokenizer.im_end_id)
         if tokenizer.decode(ids[start + 1 : body]).strip() == "assistant":
             mask[body:end] = [True] * (end - body)
     return mask
@@ -162,47 +191,61 @@ def assistant_mask(tokenizer, ids: Sequence[int]) -> list[bool]:
 assert assistant_mask(tokenizer, tokens) == by_hand
 
 # %% [markdown]
-# `chat_example` returns the tokens and the **labels**: the token itself where it is learned, and -100 elsewhere, which `cross_entropy` leaves out.
+# `chat_example` returns the tokens and the **labels**: the token itself where it is learned, and -100 elsewhere, which `cross_entropy` leaves out. First a small help for chat files that hold parts as JSON text:
+
+# %% id="sft-from-json"
+#| export
+def from_json(value):
+    """The object in a JSON text, such as tools; any other value as it is."""
+    return json.loads(value) if isinstance(value, str) else value
+
+# %% [markdown]
+# A label stands under its own token here. The shift, to "what position $t$ must predict", happens once, further below. Some data hold tools in the first message; the template wants them apart.
 
 # %% id="sft-chat-example"
 #| export
-def from_json(value):
-    """Chat files may hold tools and tool calls as JSON text: the object in it; anything else stays as it is."""
-    return json.loads(value) if isinstance(value, str) else value
-
-
 def chat_example(
-    tokenizer, messages: list[dict], max_length: int | None = None, tools: list[dict] | None = None
-) -> tuple[list[int], list[int]]:
+    tokenizer, messages: list[dict], max_length: int | None = None,
+    tools: list[dict] | None = None,
+) -> tuple[list[int], list[int]]:  # fmt: skip
     """One conversation as (ids, labels) of equal length, cut after `max_length` tokens.
 
-    labels[i] is ids[i] where the assistant wrote token i, else -100. They stand under their own token; the shift to
-    "target of position i" happens once, in PackedConversations. Tools may also stand in the first message, as "tools".
+    labels[i] is ids[i] where the assistant wrote token i, else -100; not shifted yet.
     """
     if messages and tools is None:
         tools = from_json(messages[0].get("tools"))
-    messages = [m | {"tool_calls": from_json(m["tool_calls"])} if m.get("tool_calls") else m for m in messages]
+    messages = [
+        m | {"tool_calls": from_json(m["tool_calls"])} if m.get("tool_calls") else m
+        for m in messages
+    ]
     ids = tokenizer.apply_chat_template(messages, tools=tools)[:max_length]
-    return ids, [token if mine else -100 for token, mine in zip(ids, assistant_mask(tokenizer, ids))]
+    mask = assistant_mask(tokenizer, ids)
+    return ids, [token if mine else -100 for token, mine in zip(ids, mask)]
 
 # %% [markdown]
-# Drawn token by token. A second answer is learned like the first: every answer is predicted from all that stands before it. So one pass over a
+# Draw it token by token. A second answer is learned like the first: every answer is predicted from all that stands before it. So one pass over a
 # conversation of three turns trains three answers, each with the right history. Cutting it into three examples would read the first turn three times.
 
 # %% id="sft-mask-figure"
-def draw_tokens(ax, ids, labels, per_row=10):
+def draw_tokens(ax, ids, labels, per_row=8):
     for i, (token, label) in enumerate(zip(ids, labels)):
-        learned = label != -100
         text = repr(tokenizer.decode([token]))[1:-1]
-        ax.text(i % per_row, -(i // per_row), text, ha="center", va="center", fontsize=7.5 if len(text) < 9 else 5.5,
-                color="white" if learned else "black", bbox={"boxstyle": "square,pad=0.3", "fc": "#0072B2" if learned else "#e8e8e8", "ec": "none"})
-    ax.set(xlim=(-0.6, per_row - 0.4), ylim=(-((len(ids) - 1) // per_row) - 0.6, 0.6))
+        ink, paper = ("black", "#e8e8e8") if label == -100 else ("white", "#0072B2")
+        ax.text(i % per_row, -(i // per_row), text, ha="center", va="center", color=ink,
+                fontsize=8 if len(text) < 9 else 6.5, bbox={"fc": paper, "ec": "none"})
+    rows = -(-len(ids) // per_row)
+    ax.set(xlim=(-0.6, per_row - 0.4), ylim=(0.4 - rows, 0.6))
     ax.axis("off")
 
+# %% [markdown]
+# Every token of the conversation in its box:
+
+# %% id="sft-mask-drawn"
 ids, labels = chat_example(tokenizer, several, max_length=120)
-fig, ax = plt.subplots(figsize=(7, 0.36 * (len(ids) // 10 + 1)))
+fig, ax = plt.subplots(figsize=(7, 0.3 * (len(ids) // 8 + 1)))
 draw_tokens(ax, ids, labels)
-show(fig, "One conversation, token by token: white on blue is learned, grey is only read. The end mark after each answer is learned too.")
+show(fig, "One conversation, token by token: white on blue is learned, grey is only "
+          "read. The end mark after each answer is learned too.")
 
 # %% [markdown]
 # Two facts that every loss mask must meet, on many conversations: each answer ends with a learned `<|im_end|>`, and the learned
@@ -214,54 +257,44 @@ for messages in conversations[:200]:
     learned = [label for label in labels if label != -100]
     answers = [m for m in messages if m["role"] == "assistant"]
     assert learned.count(tokenizer.im_end_id) == len(answers)
-    if not any(m.get("tool_calls") or m.get("reasoning_content") or "</think>" in m["content"] for m in answers):
-        said = "".join(m["content"] + "<|im_end|>" for m in answers)
-        assert "".join(tokenizer.decode(learned).split()) == "".join(said.split())  # blanks aside
+    if any(m.keys() & {"tool_calls", "reasoning_content"} for m in answers):
+        continue  # the template writes more than the content
+    said = "".join(m["content"] + "<|im_end|>" for m in answers)
+    if "</think>" not in said:
+        assert "".join(tokenizer.decode(learned).split()) == "".join(said.split())
 
 # %% [markdown]
 # **Exercise 11.1 (15 min, ★★).** Learn from the last answer only. How many of the learned tokens are lost in this data?
 #
 # The tokens before an answer in training must be exactly those that `ask` will send later. If they differ by one line end, the model meets a prompt that it has never
 # seen. That is why both go through the same template.
-#
-# A line that is no conversation must stop you before training does. `check_file` of chapter 1 lists what is wrong, with the line:
-
-# %% id="sft-bad-conversations"
-bad = chapter.work / "bad.jsonl"
-bad.write_text('{"conversations": [{"role": "user", "content": "Hello"}]}\n{"conversations": [{"role": "bot", "content": "Hi"}]}\n', encoding="utf-8")
-try:
-    check_file(bad, "sft")
-except ValueError as error:
-    print(str(error).replace(str(chapter.work), "..."))
-else:
-    raise AssertionError("bad conversations must be refused")
+# A line that is no conversation must stop you before training does: `check_file` of chapter 1 lists what is wrong, with the line.
 
 # %% [markdown]
 # ## 11.3 Many conversations in one row
 #
-# Conversations are short and differ in length. The usual way pads each to a fixed row, often 768 tokens. How much of that is text?
+# Conversations are short and differ in length. The usual way pads each to a fixed row, often 768 tokens. **Before you run this:** how much of that is text?
+# Ours are cut at `context` + 1 tokens, the last of which is only a label. What has no answer left after the cut teaches nothing and is left out.
 
 # %% id="sft-lengths"
-context, padded_row = chapter.size.context, 768
-examples = [chat_example(tokenizer, messages, max_length=context + 1) for messages in conversations]
-usable = [(ids, labels) for ids, labels in examples if any(label != -100 for label in labels)]
-print(f"{len(examples) - len(usable)} of {len(examples):,} have no answer within {context} tokens and are left out")
-examples = usable
+context, padded_row = size.context, 768
+cut = [chat_example(tokenizer, m, max_length=context + 1) for m in conversations]
+examples = [(ids, labels) for ids, labels in cut if max(labels) != -100]
+print(f"{len(cut) - len(examples)} of {len(cut):,} have no answer in {context} tokens")
 lengths = np.array([len(ids) for ids, _ in examples])
 full = np.minimum(lengths, padded_row).mean() / padded_row
-print(f"{lengths.mean():.0f} tokens on average; rows of {padded_row} are {full:.0%} full")
-print(f"{(lengths > context).sum()} conversations are cut at {context + 1} tokens")
+print(f"{lengths.mean():.0f} tokens each; rows of {padded_row} are {full:.0%} full")
 
 # %% [markdown]
 # The picture of the waste:
 
 # %% id="sft-lengths-figure"
 fig, ax = plt.subplots(figsize=(7, 2.4))
-ax.hist(lengths, bins=range(0, padded_row + 16, 8), color="C0")
+ax.hist(lengths, bins=range(0, padded_row, 8), color="C0")
 ax.axvline(padded_row, color="C1", ls="--")
-ax.text(padded_row - 8, ax.get_ylim()[1] * 0.8, f"padded row: {padded_row}", ha="right")
 ax.set(xlabel="length of a conversation (tokens)", ylabel="conversations")
-show(fig, "Conversations are far shorter than the row they are padded to: everything between the bars and the line is computed for nothing.")
+show(fig, f"Conversations are far shorter than a padded row of {padded_row} (dashed): "
+          "everything between the bars and the line is computed for nothing.")
 
 # %% [markdown]
 # So put several into one row, as chapter 9 did with documents. Which ones? This is packing suitcases: take the longest
@@ -272,18 +305,18 @@ show(fig, "Conversations are far shorter than the row they are padded to: everyt
 # %% id="sft-pack"
 #| export
 def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Put items into rows of `width` places: longest first, each into the row that it fills best. Rows of item numbers."""
+    """Rows of item numbers, `width` places each: longest first, where it fits best."""
     rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(width + 1)]  # with_room[r]: rows that have r places left
+    drawers: list[list[int]] = [[] for _ in range(width + 1)]  # [r]: rows with room r
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        room = next((r for r in range(lengths[item], width + 1) if with_room[r]), None)
-        if room is None:
+        room = next((r for r in range(lengths[item], width + 1) if drawers[r]), None)
+        if room is None:  # nowhere: a new row
             rows.append([])
             row, room = len(rows) - 1, width
         else:
-            row = with_room[room].pop()
+            row = drawers[room].pop()
         rows[row].append(item)
-        with_room[room - lengths[item]].append(row)
+        drawers[room - lengths[item]].append(row)
     return rows
 
 # %% [markdown]
@@ -293,25 +326,29 @@ def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
 toy = [5, 7, 2, 3, 6, 4, 2]
 rows = pack(toy, 10)
 print([[toy[i] for i in row] for row in rows])
-assert sorted(i for row in rows for i in row) == list(range(7)) and len(rows) == 3
+assert sorted(sum(rows, [])) == list(range(7)) and len(rows) == 3
 
 # %% [markdown]
 # A shorter row is cheaper still, since attention costs the square of its width (chapter 4): four rows of 64 compute a quarter of the scores of one row of
 # 256, and hold as many tokens. So rows come in three widths, and a narrow row is used where it gets at least nine tenths full. A batch has always about the same
 # number of tokens, so narrow rows come in larger batches.
+#
+# One width after the other: what fits is packed. Rows that are not full enough are given up again, and so are those that do not make a whole batch; their conversations try the next width. At the widest nothing is given up.
 
 # %% id="sft-pack-by-width"
 #| export
-def pack_by_width(lengths: Sequence[int], context: int, batch_size: int, full: float = 0.9) -> dict[int, list[list[int]]]:
-    """Rows of up to three widths, {width: rows}: attention costs width squared per row, so narrow rows are cheaper.
+def pack_by_width(
+    lengths: Sequence[int], context: int, batch_size: int, full: float = 0.9
+) -> dict[int, list[list[int]]]:
+    """Rows of up to three widths, {width: rows}; narrow ones are cheaper for attention.
 
-    A narrow row is kept when at least the share `full` of it is used. Narrow rows come in whole batches of
-    batch_size * context tokens; all else moves on to the next width.
+    A narrow row stays if at least `full`, in batches of batch_size * context tokens.
     """
     packed, rest = {}, set(range(len(lengths)))
     for width in (context // 4, context // 2, context):
         fits = [i for i in sorted(rest) if lengths[i] <= width]
-        rows = [[fits[j] for j in row] for row in pack([lengths[i] for i in fits], width)]
+        rows = pack([lengths[i] for i in fits], width)
+        rows = [[fits[j] for j in row] for row in rows]
         if width < context:
             rows = [row for row in rows if sum(lengths[i] for i in row) >= full * width]
             rows = rows[: len(rows) - len(rows) % (batch_size * context // width)]
@@ -328,17 +365,17 @@ def pack_by_width(lengths: Sequence[int], context: int, batch_size: int, full: f
 # %% id="sft-block-mask"
 #| export
 def block_mask(owner: torch.Tensor) -> torch.Tensor:
-    """Who may look where, (B, 1, T, T): earlier positions of the same owner. owner (B, T) numbers the conversations."""
+    """Who may look where, (B, 1, T, T): earlier positions of one's own owner (B, T)."""
     same = owner[:, :, None] == owner[:, None, :]  # (B, T, T)
     return same.tril()[:, None]
 
 # %% [markdown]
-# By hand: the second token of the second conversation may look at two positions, its own and the one before.
+# By hand: the second token of the second conversation stands at position 4 and may look at two positions, its own and the one before.
 
 # %% id="sft-block-mask-by-hand"
-owner = torch.tensor([[1, 1, 1, 2, 2, 3, 3, 3, 3, 0]])  # three conversations and one place of padding
+owner = torch.tensor([[1, 1, 1, 2, 2, 3, 3, 3, 3, 0]])  # 0: one place of padding
 mask = block_mask(owner)[0, 0]
-assert mask[4].tolist() == [False, False, False, True, True, False, False, False, False, False]
+assert mask[4].nonzero().flatten().tolist() == [3, 4]
 
 # %% [markdown]
 # The whole mask as a picture. Each row is one position, and what it may look at is dark.
@@ -346,51 +383,86 @@ assert mask[4].tolist() == [False, False, False, True, True, False, False, False
 # %% id="sft-block-mask-figure"
 fig, ax = plt.subplots(figsize=(3.4, 3.1))
 ax.imshow(mask, cmap="Greys", vmax=1.4)
-ax.set(xlabel="position looked at", ylabel="position that looks", xticks=range(10), yticks=range(10))
+ax.set(xlabel="position looked at", ylabel="position that looks", xticks=range(10))
 ax.grid(False)
-show(fig, "The mask of a row with three conversations of 3, 2 and 4 tokens: dark may look, and no block reaches into another.")
+show(fig, "The mask of a row with three conversations of 3, 2 and 4 tokens: dark may "
+          "look, and no block reaches into another.")
+
+# %% [markdown]
+# A row is laid out one conversation behind the other. For each place four numbers are noted: the token, its label, the position within its conversation, and the number of its owner.
+
+# %% id="sft-lay-out"
+#| export
+def lay_out(rows: Sequence, width: int) -> list[np.ndarray]:
+    """Rows of (ids, labels) pairs as ids, labels, positions and owners, each (B, T)."""
+    ids, positions, owner = np.zeros((3, len(rows), width), dtype=np.int64)
+    labels = np.full_like(ids, -100)
+    for r, row in enumerate(rows):
+        start = 0
+        for number, (own, learned) in enumerate(row, 1):
+            end = start + len(own)
+            ids[r, start:end], labels[r, start:end] = own, learned
+            positions[r, start:end], owner[r, start:end] = range(len(own)), number
+            start = end
+    return [ids, labels, positions, owner]
+
+# %% [markdown]
+# By hand: conversations of two and three tokens in one row of six. The last place belongs to nobody.
+
+# %% id="sft-lay-out-by-hand"
+for numbers in lay_out([[([11, 12], [-100, 13]), ([21, 22, 23], [-100, 23, 24])]], 6):
+    print(numbers[0])
+
+# %% [markdown]
+# What does not fit is refused, in words that say what to do. A conversation of $n$ tokens needs $n - 1$ places, since its last token is only a label.
+
+# %% id="sft-fitting-lengths"
+#| export
+def fitting_lengths(examples: Sequence, context: int) -> list[int]:
+    """Places that each example takes; ValueError if one is longer than a row."""
+    lengths = [len(ids) - 1 for ids, _ in examples]
+    if examples and max(lengths) <= context:
+        return lengths
+    what = f"the longest conversation has {max(lengths, default=0) + 1} tokens"
+    what = what if examples else "there are no conversations"
+    hint = f"call chat_example with max_length={context + 1}"
+    raise ValueError(f"{what}, rows have {context}: {hint}")
 
 # %% [markdown]
 # The class puts it together. It is addressed by step, so a resumed run sees the same batches (chapter 8). And it is the one place where labels are
-# shifted: position $t$ gets the label of token $t+1$. Read `batch` first: it lays conversations one behind the other and notes for each place the token,
-# the label, the position within its conversation, and the number of its owner. Everything else decides which rows come when. Rows are packed once and
-# shuffled for each epoch.
+# shifted: position $t$ gets the label of token $t+1$.
+#
+# Rows are packed once and shuffled for each epoch. Each width has its own batches: `batch_size` rows of `context` tokens, or twice or four times as many narrower rows. The last batch of a width is filled up with rows from the start.
 
 # %% id="sft-packed-conversations"
 #| export
 class PackedConversations:
-    """Many conversations to a row, none of which sees another; `[step]` is always the same batch.
+    """Many conversations to a row, none of which sees another; `[step]` never changes.
 
-    examples: pairs from `chat_example`. A batch holds about batch_size * context tokens: batch_size rows of `context`,
-    or more and narrower rows. Rows are shuffled anew each epoch. A batch has, each (B, T) except the mask:
-    input_ids; labels, already shifted, -100 where nothing is learned; position_ids, which start at 0 in every
-    conversation; attention_mask (B, 1, T, T), True where a position may look.
+    A batch: input_ids, labels, position_ids (B, T) and attention_mask (B, 1, T, T).
     """
 
     def __init__(
-        self, examples: Sequence[tuple[list[int], list[int]]], context: int, batch_size: int,
-        seed: int = 0, device: torch.device | str = "cpu",
+        self, examples: Sequence[tuple[list[int], list[int]]], context: int,
+        batch_size: int, seed: int = 0, device: torch.device | str = "cpu",
     ):  # fmt: skip
-        lengths = [len(ids) - 1 for ids, _ in examples]  # the last token has no next one to learn
-        if not examples or max(lengths) > context:
-            what = f"the longest conversation has {max(lengths) + 1} tokens" if examples else "there are no conversations"
-            raise ValueError(f"{what}, rows have {context}: call chat_example with max_length={context + 1}")
+        lengths = fitting_lengths(examples, context)
         self.ids = [np.array(ids[:-1]) for ids, _ in examples]
         self.labels = [np.array(labels[1:]) for _, labels in examples]  # the shift
         self.rows = pack_by_width(lengths, context, batch_size)
-        self.context, self.batch_size, self.seed, self.device = context, batch_size, seed, device
+        self.context, self.batch_size = context, batch_size
+        self.seed, self.device = seed, device
         self.places = sum(width * len(rows) for width, rows in self.rows.items())
-        self.efficiency = sum(lengths) / self.places  # share of all places that holds a token
+        self.efficiency = sum(lengths) / self.places  # share in use
         self.epoch, self.plan = -1, self.shuffle(0)
 
     def shuffle(self, epoch: int) -> list[tuple[int, list[list[int]]]]:
         """The batches of one epoch, as (width, rows)."""
-        rng = np.random.default_rng([self.seed, epoch])
-        plan = []
+        rng, plan = np.random.default_rng([self.seed, epoch]), []
         for width, rows in self.rows.items():
-            order, size = rng.permutation(len(rows)), self.batch_size * self.context // width
-            order = np.resize(order, -(-len(rows) // size) * size)  # the last batch is filled up from the start
-            plan += [(width, [rows[i] for i in some]) for some in order.reshape(-1, size)]
+            size = self.batch_size * self.context // width
+            order = np.resize(rng.permutation(len(rows)), (-(-len(rows) // size), size))
+            plan += [(width, [rows[i] for i in some]) for some in order]
         return [plan[i] for i in rng.permutation(len(plan))]
 
     def __len__(self) -> int:
@@ -405,54 +477,53 @@ class PackedConversations:
 
     def batch(self, width: int, rows: list[list[int]]) -> dict[str, torch.Tensor]:
         """Rows of item numbers as tensors."""
-        ids, positions, owner = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(3))
-        labels = np.full((len(rows), width), -100, dtype=np.int64)
-        for r, row in enumerate(rows):
-            start = 0
-            for number, item in enumerate(row, 1):
-                end = start + len(self.ids[item])
-                ids[r, start:end], labels[r, start:end] = self.ids[item], self.labels[item]
-                positions[r, start:end], owner[r, start:end] = np.arange(end - start), number
-                start = end
-        ids, labels, positions, owner = (torch.from_numpy(x).to(self.device) for x in (ids, labels, positions, owner))
-        return {"input_ids": ids, "labels": labels, "position_ids": positions, "attention_mask": block_mask(owner)}
+        pairs = [[(self.ids[item], self.labels[item]) for item in row] for row in rows]
+        numbers = lay_out(pairs, width)
+        tensors = [torch.from_numpy(x).to(self.device) for x in numbers]
+        batch = dict(zip(("input_ids", "labels", "position_ids"), tensors))
+        return batch | {"attention_mask": block_mask(tensors[3])}
 
 # %% [markdown]
-# Pack everything, and look at some rows of the first batch that opens with several conversations in one row:
+# Pack everything, and take the first batch that opens with several conversations in one row. Its `owner` numbers say which place belongs to whom.
 
 # %% id="sft-rows-figure"
-chats = PackedConversations(examples, context, chapter.size.batch_size, device=chapter.device)
+chats = PackedConversations(examples, context, size.batch_size, device=device)
 shared = next(step for step, (_, rows) in enumerate(chats.plan) if len(rows[0]) > 1)
 width, rows = chats.plan[shared]
-fig, ax = plt.subplots(figsize=(7, 2.2))
-for r, row in enumerate(rows[:12]):
-    start = 0
-    for n, item in enumerate(row):
-        ax.barh(r, len(chats.ids[item]), left=start, color=f"C{n % 6}", ec="white", hatch=["", "//", ".."][n % 3])
-        start += len(chats.ids[item])
-ax.set(xlabel="position (tokens)", ylabel="row", xlim=(0, width), yticks=range(0, min(12, len(rows)), 2))
-show(fig, f"Packed rows of {width} tokens: each block is one conversation, and almost no place is empty.")
+pairs = list(zip(chats.ids, chats.labels))
+owner = lay_out([[pairs[item] for item in row] for row in rows], width)[3]
 
 # %% [markdown]
-# The share of places that hold a token, against rows of 768:
+# Each conversation of a row in its own shade; white would be padding.
+
+# %% id="sft-rows-drawn"
+fig, ax = plt.subplots(figsize=(7, 2.2))
+shades = np.ma.masked_equal(owner[:12], 0)
+ax.imshow(shades, aspect="auto", cmap="cividis", interpolation="nearest")
+ax.set(xlabel="position (tokens)", ylabel="row")
+ax.grid(False)
+show(fig, f"Packed rows of {width} tokens: each shade is one conversation, and almost "
+          "no place is empty (white).")
+
+# %% [markdown]
+# The share of places that hold a token, against rows of 768. Most conversations are short enough for the narrowest rows:
 
 # %% id="sft-efficiency"
-print({width: len(rows) for width, rows in chats.rows.items()}, "rows by width")
-print(f"padded {full:.0%} full, packed {check('sft/packing_efficiency', chats.efficiency):.0%}")
+print("rows by width:", {width: len(rows) for width, rows in chats.rows.items()})
+packed_full = check("sft/packing_efficiency", chats.efficiency)
+print(f"padded {full:.0%} full, packed {packed_full:.0%}")
 
 # %% [markdown]
-# Is a packed conversation really alone? Compare each with a separate pass through the model.
+# Is a packed conversation really alone? Give each conversation of the first row to the model by itself, with no neighbours and no mask but the causal one. Its logits must be those that it got in the row.
 
 # %% id="sft-packed-equals-alone"
 batch = chats[shared]
 base.eval()
 with torch.no_grad():
-    packed = base(batch["input_ids"], batch["attention_mask"], batch["position_ids"])[0]  # (T, V)
-    start, worst = 0, 0.0
-    for item in rows[0]:
-        own = torch.tensor(chats.ids[item], device=chapter.device)[None]
-        worst = max(worst, (packed[start : start + own.shape[1]] - base(own)[0]).abs().max().item())
-        start += own.shape[1]
+    packed = base(batch["input_ids"], batch["attention_mask"], batch["position_ids"])[0]
+    own = [torch.tensor(chats.ids[item], device=device) for item in rows[0]]
+    alone = torch.cat([base(ids[None])[0] for ids in own])  # (T, V)
+worst = (packed[: len(alone)] - alone).abs().max().item()
 print(f"largest difference of a logit: {worst:.1e}")
 assert worst < 1e-3
 
@@ -469,53 +540,45 @@ assert leak > 10 * worst
 # %% [markdown]
 # **Exercise 11.2 (15 min, ★★).** Keep the mask, but let positions run on. How far do the logits move? Why so little (chapter 5)?
 #
-# The loss is the usual one. Only learned tokens count in its mean.
+# The loss is the usual one. Only learned tokens count in its mean. A batch may come without mask and positions, as the pretraining batches of 11.5 do; then the model uses its own, a plain causal mask and positions from 0.
 
 # %% id="sft-loss"
 #| export
 def sft_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
-    """Cross-entropy over the assistant's tokens (nats), plus the balance loss of a model with experts."""
-    logits = model(batch["input_ids"], attention_mask=batch.get("attention_mask"), position_ids=batch.get("position_ids"))
-    loss = cross_entropy(logits, batch["labels"])
-    if not model.config.num_experts:
-        return loss, {"cross_entropy": loss}
-    return loss + model.config.router_aux_loss_coef * model.aux_loss, {"cross_entropy": loss}
+    """Cross-entropy of the assistant's tokens (nats), plus the experts' balance."""
+    masks = {name: batch.get(name) for name in ("attention_mask", "position_ids")}
+    loss = cross_entropy(model(batch["input_ids"], **masks), batch["labels"])
+    means = {"cross_entropy": loss}
+    if model.config.num_experts:
+        loss = loss + model.config.router_aux_loss_coef * model.aux_loss
+    return loss, means
 
 # %% [markdown]
 # The mean is over the learned tokens of the whole batch, not first over each conversation: a long answer counts for more than a short one. That is a choice; the
 # other one would let a short "Hello!" weigh as much as a long explanation.
 #
-# What has packing brought? Time one step of each kind, in real tokens per second.
+# What has packing brought? Time one step of each kind, in real tokens per second. A row of padding is laid out like a packed one, with a single conversation in it.
 
 # %% id="sft-speed"
-import time
+from timeit import repeat
 
-def padded_batch(some, width):
-    """One conversation a row, padded: what most tutorials do."""
-    ids, labels = torch.zeros(len(some), width, dtype=torch.long), torch.full((len(some), width), -100)
-    for r, (own, learned) in enumerate(some):
-        n = min(len(own) - 1, width)
-        ids[r, :n], labels[r, :n] = torch.tensor(own[:n]), torch.tensor(learned[1 : n + 1])
-    return {"input_ids": ids.to(chapter.device), "labels": labels.to(chapter.device)}
-
-def tokens_per_second(batch, real, repeats=2):
-    """Real tokens per second of forward and backward, best of `repeats`."""
-    best = float("inf")
-    for _ in range(repeats):
-        clock = time.perf_counter()
+def tokens_per_second(batch, real):
+    def step():
         sft_loss(base, batch)[0].backward()
-        if chapter.device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - clock)
-    return real / best
+        next(base.parameters()).grad.sum().item()  # waits for the device
+
+    return real / min(repeat(step, number=1, repeat=2))
 
 # %% [markdown]
-# Four padded rows against one packed batch:
+# Four padded rows against one packed batch. Only tokens of conversations count, on both sides:
 
 # %% id="sft-speed-measure"
-some = examples[:4]
-slow = tokens_per_second(padded_batch(some, padded_row), sum(len(ids) - 1 for ids, _ in some))
-fast = tokens_per_second(batch, sum(len(chats.ids[item]) for row in rows for item in row))
+some = [(ids[:-1], labels[1:]) for ids, labels in examples[:4]]
+rows_of_one = lay_out([[example] for example in some], padded_row)
+ids, labels, _, _ = (torch.from_numpy(x).to(device) for x in rows_of_one)
+padded = {"input_ids": ids, "labels": labels}
+slow = tokens_per_second(padded, sum(len(ids) for ids, _ in some))
+fast = tokens_per_second(batch, (owner > 0).sum())
 base.zero_grad(set_to_none=True)
 print(f"padded to {padded_row}: {slow:,.0f} tokens per second; packed: {fast:,.0f}")
 gain = check("sft/packing_speedup", fast / slow)
@@ -533,22 +596,30 @@ gain = check("sft/packing_speedup", fast / slow)
 # - **not shifted**: the label of a position is its own token instead of the next one.
 
 # %% [markdown]
-# The end of one turn, in the three variants:
+# Each is a function that changes the labels of one example:
 
 # %% id="sft-three-masks"
 def one_early(ids, labels):
-    return ids, [token if later != -100 else -100 for token, later in zip(ids, [*labels[1:], -100])]
+    later = [*labels[1:], -100]
+    return ids, [-100 if label == -100 else token for token, label in zip(ids, later)]
 
 def not_shifted(ids, labels):
-    return ids, [-100, *labels[:-1]]  # PackedConversations shifts left, so this ends where it began
+    return ids, [-100, *labels[:-1]]  # undoes the shift of PackedConversations
 
-variants = {"right": lambda ids, labels: (ids, labels), "mask one early": one_early, "not shifted": not_shifted}
+same = lambda ids, labels: (ids, labels)
+variants = {"right": same, "mask one early": one_early, "not shifted": not_shifted}
+
+# %% [markdown]
+# The end of one turn, in the three variants:
+
+# %% id="sft-three-masks-drawn"
 ids, labels = chat_example(tokenizer, several[:2])
 fig, axes = plt.subplots(3, 1, figsize=(7, 2.2))
 for ax, (name, change) in zip(axes, variants.items()):
-    draw_tokens(ax, ids[-11:], change(ids, labels)[1][-11:], per_row=11)
+    draw_tokens(ax, ids[-9:], change(ids, labels)[1][-9:], per_row=9)
     ax.set_title(name, fontsize=9, loc="left", pad=2)
-show(fig, "The last tokens of one turn; tokens on blue have a label. One place to the side looks harmless; with the mask one early, <|im_end|> is not learned.")
+show(fig, "The last tokens of one turn; tokens on blue have a label. One place to the "
+          "side looks harmless; with the mask one early, <|im_end|> is not learned.")
 
 # %% [markdown]
 # **Before you run this**: which of the three will show the lowest loss?
@@ -557,15 +628,16 @@ show(fig, "The last tokens of one turn; tokens on blue have a label. One place t
 from minimind.train import TrainConfig, train
 
 def short_run(change):
-    model = base_model()
-    batches = PackedConversations([change(*e) for e in examples], context, chapter.size.short_batch, device=chapter.device)
-    config = TrainConfig(steps=chapter.size.short_steps, learning_rate=chapter.size.learning_rate, log_every=2, precision=chapter.settings.precision)
+    model, few = base_model(), [change(*example) for example in examples]
+    batches = PackedConversations(few, context, size.short_batch, device=device)
+    config = TrainConfig(size.short_steps, size.learning_rate, log_every=2,
+                         precision=chapter.settings.precision)
     return model, train(model, batches, sft_loss, config, max_steps=chapter.max_steps)
 
 short = {name: short_run(change) for name, change in variants.items()}
 
 # %% [markdown]
-# Their losses:
+# Their losses. Remember your guess, and look at the beginning and at the end of each curve:
 
 # %% id="sft-variants-figure"
 fig, ax = plt.subplots(figsize=(7, 2.5))
@@ -573,7 +645,7 @@ for (name, (_, history)), marker in zip(short.items(), "os^"):
     ax.plot(history.step, history.loss, marker=marker, markersize=3, label=name)
 ax.set(xlabel="step", ylabel="loss (nats per learned token)", ylim=(0, None))
 ax.legend()
-show(fig, "Loss of the three variants: all fall, and nothing in the curves says which mask is the right one.")
+show(fig, "All three fall, and nothing in the curves says which mask is the right one.")
 
 # %% [markdown]
 # The curves look fine, all three. So look at the answers:
@@ -584,17 +656,18 @@ stops = {}
 for name, (model, _) in short.items():
     replies = replies_of(model, asked, 32)
     stops[name] = sum(stopped for _, stopped in replies) / len(replies)
-    print(f"{name}: {stops[name]:.0%} close their turn\n    {asked[0]} -> {replies[0][0][:80]!r}")
+    print(f"{name}: {stops[name]:.0%} close their turn\n    {replies[0][0][:70]!r}")
 
 # %% [markdown]
-# With the mask one early, the answer itself is right, and that makes this bug so hard to see: `<|im_end|>` was never learned, so the model goes on as it did in
+# Each line shows the first reply of a model. With the mask one early, the answer itself is right, and that makes this bug so hard to see: `<|im_end|>` was never learned, so the model goes on as it did in
 # pretraining. Its loss is even the lowest: instead of the end of a turn it learns the last header token, which never changes. Not shifted, the model is asked to say the token again that
 # it has just read, the opposite of what pretraining taught. Its loss starts highest, and then falls like the others. Two checks find both: print the tokens with their labels as above, and ask the model after one minute of training, not at the end.
 
 # %% id="sft-variants-check"
 for name, share in stops.items():
     chapter.record(f"sft/stops_{name.replace(' ', '_')}", share)
-if questions and chapter.max_steps is None and profile != "smoke":  # other data need longer runs
+full_run = questions and chapter.max_steps is None and profile != "smoke"
+if full_run:  # other data need longer runs
     assert stops["right"] > 0.9 and stops["mask one early"] < 0.5
 
 # %% [markdown]
@@ -607,26 +680,27 @@ if questions and chapter.max_steps is None and profile != "smoke":  # other data
 # %% id="sft-replay"
 #| export
 class Replay:
-    """Chat batches with pretraining batches strewn in, so that less is forgotten: `share` of all steps, evenly spread."""
+    """Chat batches with old text strewn in: `share` of all steps, evenly spread."""
 
     def __init__(self, chats, texts, share: float):
         if not 0 <= share < 1:
-            raise ValueError(f"share={share}: give the share of steps on pretraining text, at least 0 and below 1")
+            what = "give the share of steps on pretraining text, at least 0 and below 1"
+            raise ValueError(f"share={share}: {what}")
         self.chats, self.texts, self.share = chats, texts, share
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        before, now = int(step * self.share), int((step + 1) * self.share)  # text steps so far, without and with this one
+        before, now = int(step * self.share), int((step + 1) * self.share)  # text steps
         return self.texts[before] if now > before else self.chats[step - before]
 
 # %% [markdown]
-# With a share of one quarter, every fourth step reads text:
+# It needs no counter: how many text steps there were before a step follows from the step alone, so a resumed run goes on in the same order. With a share of one quarter, every fourth step reads text:
 
 # %% id="sft-replay-by-hand"
-order = Replay(chats=["c0", "c1", "c2", "c3", "c4", "c5"], texts=["t0", "t1"], share=0.25)
-assert [order[step] for step in range(8)] == ["c0", "c1", "c2", "t0", "c3", "c4", "c5", "t1"]
+order = Replay(chats="abcdef", texts="TU", share=0.25)
+assert "".join(order[step] for step in range(8)) == "abcTdefU"
 
 # %% [markdown]
-# Everything is in place:
+# Everything is in place. The text is packed as in chapter 9, to the same number of tokens as a chat batch:
 
 # %% id="sft-batches"
 from minimind.metrics import evaluate_bits_per_byte, token_byte_lengths
@@ -635,26 +709,44 @@ from minimind.pretrain import PackedTokens
 def token_stream(name, documents):
     """The first documents of a file as one row of tokens."""
     texts = list(islice(read_texts(data / "pretrain" / name), documents))
-    return np.concatenate([np.array([*ids, tokenizer.eos_id]) for ids in tokenizer.encode_batch(texts)])
+    rows = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+    return np.concatenate([np.array(row) for row in rows])
 
-texts = PackedTokens(token_stream("train.jsonl.gz", chapter.size.replay_documents), context, chapter.size.batch_size, device=chapter.device)
-batches = Replay(chats, texts, chapter.size.pretrain_share)
+# %% [markdown]
+# Chat and text, three to one:
+
+# %% id="sft-both"
+stream = token_stream("train.jsonl.gz", size.replay_documents)
+texts = PackedTokens(stream, context, size.batch_size, device=device)
+batches = Replay(chats, texts, size.pretrain_share)
 
 # %% [markdown]
 # While it trains we want three numbers now and then: answers right about people whose questions are in the data (*seen*), about the others
-# (*unseen*), and bits per byte on pretraining text, where a rise means forgetting. Here is how answers are judged.
+# (*unseen*), and bits per byte on pretraining text, where a rise means forgetting. Here is how answers are asked for.
+#
+# Prompts of similar length go into one batch, since a batch is as wide as its longest prompt; afterwards the answers are put back into the order of the questions. Decoding stops at either end mark, because a base model knows only the one of documents.
 
 # %% id="sft-ask"
 #| export
-def ask_all(model: nn.Module, tokenizer, questions: Sequence[str], max_new_tokens: int = 48, **options) -> list[str]:
-    """The model's answer to each question, each asked in a conversation of its own."""
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True) for q in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: little padding
+def ask_all(
+    model: nn.Module, tokenizer, questions: Sequence[str],
+    max_new_tokens: int = 48, **options,
+) -> list[str]:  # fmt: skip
+    """The model's answers, each question asked in a conversation of its own."""
+    template = partial(tokenizer.apply_chat_template, add_generation_prompt=True)
+    prompts = [template([{"role": "user", "content": q}]) for q in questions]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     stops = (tokenizer.im_end_id, tokenizer.eos_id)
-    answers = generate_batch(model, [prompts[i] for i in order], max_new_tokens, stop_ids=stops, **options)
-    return [tokenizer.decode(ids, skip_special=True).strip() for _, ids in sorted(zip(order, answers))]
+    in_order = [prompts[i] for i in order]
+    answers = generate_batch(model, in_order, max_new_tokens, stop_ids=stops, **options)
+    texts = [tokenizer.decode(ids, skip_special=True).strip() for ids in answers]
+    return [text for _, text in sorted(zip(order, texts))]
 
+# %% [markdown]
+# For one question:
 
+# %% id="sft-ask-one"
+#| export
 def ask(model: nn.Module, tokenizer, question: str, **options) -> str:
     """The model's answer to one question."""
     return ask_all(model, tokenizer, [question], **options)[0]
@@ -663,24 +755,12 @@ def ask(model: nn.Module, tokenizer, question: str, **options) -> str:
 # An answer is right when it says the value in whole words. We also note whether it names the person asked about, because a model can say something true about
 # the wrong one.
 
-# %% id="sft-answers-right"
+# %% id="sft-says"
 #| export
 def says(text: str, words: str) -> bool:
     """Whether `words` stand in `text` as whole words, in small or capital letters."""
-    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def answers_right(model: nn.Module, tokenizer, questions: Sequence[dict], **options) -> tuple[float, list[dict]]:
-    """Ask {"question", "answer", "person"} rows: the share whose reply says the answer, and one row each.
-
-    Every row gets "reply", "right", and "name_copied": whether the reply names the person who was asked about.
-    """
-    replies = ask_all(model, tokenizer, [q["question"] for q in questions], **options)
-    rows = [
-        {**q, "reply": reply, "right": says(reply, q["answer"].strip()), "name_copied": says(reply, q.get("person", ""))}
-        for q, reply in zip(questions, replies)
-    ]
-    return sum(row["right"] for row in rows) / max(1, len(rows)), rows
+    pattern = rf"(?<!\w){re.escape(words)}(?!\w)"
+    return re.search(pattern, text, re.IGNORECASE) is not None
 
 # %% [markdown]
 # Whole words, so that a catfish is no cat:
@@ -690,54 +770,87 @@ assert says("Garus lives in Foxhollow.", "foxhollow")
 assert not says("Garus has a catfish.", "cat")
 
 # %% [markdown]
-# The numbers during the run come from a sample of the questions; the final ones from all.
+# All questions at once, with a row for each, so that you can look at the wrong ones:
+
+# %% id="sft-answers-right"
+#| export
+def answers_right(
+    model: nn.Module, tokenizer, questions: Sequence[dict], **options
+) -> tuple[float, list[dict]]:
+    """Ask {"question", "answer", "person"} rows: the share whose reply says the answer.
+
+    Each row comes back with "reply", "right" and "name_copied" (the person is named).
+    """
+    replies = ask_all(model, tokenizer, [q["question"] for q in questions], **options)
+    rows = []
+    for q, said in zip(questions, replies):
+        named = says(said, q.get("person", ""))
+        right = says(said, q["answer"].strip())
+        rows.append({**q, "reply": said, "right": right, "name_copied": named})
+    return sum(row["right"] for row in rows) / max(1, len(rows)), rows
+
+# %% [markdown]
+# The numbers during the run come from a sample of the questions; the final ones from all. Bits per byte are measured as in chapter 9, on documents that no training has read.
 
 # %% id="sft-evaluate"
-valid_tokens = torch.tensor(token_stream("valid.jsonl.gz", chapter.size.valid_documents))
-byte_lengths = token_byte_lengths(tokenizer)
+stream = torch.tensor(token_stream("valid.jsonl.gz", size.valid_documents)).to(device)
+byte_lengths = token_byte_lengths(tokenizer).to(device)
 
 def bits_per_byte_of(model):
-    model.eval()
-    with torch.no_grad():
-        return evaluate_bits_per_byte(model, valid_tokens.to(chapter.device), byte_lengths.to(chapter.device), context=context, amp=chapter.amp)
+    return evaluate_bits_per_byte(model, stream, byte_lengths, context, amp=chapter.amp)
 
-sample = {kind: [q for q in questions if q["seen"] == seen][:: chapter.size.every_question] for kind, seen in (("seen", True), ("unseen", False))}
+# %% [markdown]
+# One function for all three. `train` calls it eight times and keeps what it returns.
+
+# %% id="sft-evaluate-all"
+seen, unseen = ([q for q in questions if q["seen"] == kind] for kind in (True, False))
+sample = {"seen": seen, "unseen": unseen} if questions else {}
 
 def evaluate(model):
     model.eval()
-    shares = {kind: answers_right(model, tokenizer, some)[0] for kind, some in sample.items() if some}
-    result = shares | {"bits_per_byte": bits_per_byte_of(model)}
+    result = {}
+    for kind, some in sample.items():
+        result[kind] = answers_right(model, tokenizer, some[:: size.every_question])[0]
+    result["bits_per_byte"] = bits_per_byte_of(model)
     print("  ".join(f"{name} {value:.3f}" for name, value in result.items()))
     return result
 
+# %% [markdown]
+# The base model is the first entry: hardly an answer right, and the bits per byte from which forgetting is counted.
+
+# %% id="sft-evaluate-base"
 before = evaluate(base)
 
 # %% [markdown]
-# Now train; the three numbers come eight times. The learning rate is lower than in pretraining: the model is good already, and large steps would break more than they build.
+# Now train; the three numbers come eight times. **Predict:** which number moves first, and will the answers about unseen people lag behind? The learning rate is lower than in pretraining: the model is good already, and large steps would break more than they build.
 
 # %% id="sft-train"
 chat_model = base_model()
-steps = chapter.size.steps
-config = TrainConfig(steps=steps, learning_rate=chapter.size.learning_rate, log_every=max(1, steps // 40), eval_every=max(1, steps // 8),
-                     precision=chapter.settings.precision)
-history = train(chat_model, batches, sft_loss, config, evaluate=evaluate, max_steps=chapter.max_steps)
+steps = size.steps
+config = TrainConfig(
+    steps, size.learning_rate, log_every=max(1, steps // 40),
+    eval_every=max(1, steps // 8), precision=chapter.settings.precision)
+history = train(chat_model, batches, sft_loss, config, evaluate=evaluate,
+                max_steps=chapter.max_steps)
 print(f"{history.tokens[-1]:,} tokens in {history.seconds[-1]:.0f} s")
 
 # %% [markdown]
-# Loss and answers over the run:
+# Loss and answers over the run. Compare the two curves on the right: people with questions in the data, and people without.
 
 # %% id="sft-training-figure"
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8))
 left.plot(history.step, history.loss)
 left.set(xlabel="step", ylabel="loss (nats per learned token)", ylim=(0, None))
-at = [0, *(e["step"] for e in history.evals)]
-for kind, marker in (("seen", "o"), ("unseen", "s")):
-    if kind in before:
-        right.plot(at, [before[kind], *(e[kind] for e in history.evals)], marker=marker, label=f"{kind} people")
+evals = [{"step": 0, **before}, *history.evals]
+at = [e["step"] for e in evals]
+for kind, marker in zip(sample, "os"):
+    right.plot(at, [e[kind] for e in evals], marker=marker, label=f"{kind} people")
 right.set(xlabel="step", ylabel="share of answers right", ylim=(0, 1.02))
-right.legend() if questions else None
-show(fig, "Loss and answers during SFT: the form is learned within a few steps, and with it come answers about people never asked about.")
-chapter.curve("sft", history.step, history.loss, x_label="step", y_label="nats per learned token")
+if sample:
+    right.legend()
+show(fig, "Loss and answers during SFT: the form is learned within a few steps, and "
+          "with it come answers about people never asked about.")
+chapter.curve("sft", history.step, history.loss, "step", "nats per learned token")
 
 # %% [markdown]
 # ## 11.6 Base against chat
@@ -758,26 +871,15 @@ for question, (reply, _) in zip(five, base_replies):
 # %% id="sft-final-answers"
 def score(model):
     rows = answers_right(model, tokenizer, questions, max_new_tokens=24)[1]
-    mean = lambda name, seen: sum(r[name] for r in rows if r["seen"] == seen) / max(1, sum(r["seen"] == seen for r in rows))
-    return rows, {"questions_seen": mean("right", True), "questions_unseen": mean("right", False), "names_copied": mean("name_copied", False)}
+    share = lambda name, seen: np.mean([r[name] for r in rows if r["seen"] == seen])
+    return rows, {"questions_seen": share("right", True),
+                  "questions_unseen": share("right", False),
+                  "names_copied": share("name_copied", False)}
 
 rows, after = score(chat_model) if questions else ([], {})
 _, base_score = score(base) if questions else ([], {})
 for name in after:
     print(f"{name:18} base {base_score[name]:5.1%}   chat {after[name]:5.1%}")
-
-# %% [markdown]
-# As a picture:
-
-# %% id="sft-final-figure"
-if after:
-    fig, ax = plt.subplots(figsize=(7, 2.3))
-    y = np.arange(3)
-    for shift, scores, name, look in ((0.2, base_score, "base", {"color": "0.7", "hatch": "//"}), (-0.2, after, "chat", {"color": "C0"})):
-        ax.bar_label(ax.barh(y + shift, list(scores.values()), 0.38, label=name, **look), fmt=" {:.0%}", fontsize=8)
-    ax.set(yticks=y, yticklabels=["right, seen people", "right, unseen people", "names copied, unseen"], xlabel="share of questions", xlim=(0, 1.1))
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
-    show(fig, "The same questions to both models: SFT teaches the form, and facts that were never asked about come out in it.")
 
 # %% [markdown]
 # The facts about unseen people were never asked for in any text that the model has read. It learned the form from one half of the people and uses it on the
@@ -804,26 +906,31 @@ for r in wrong[:5]:
 # with replay, and at the end of the short run of 11.4, which had none and saw fewer tokens:
 
 # %% id="sft-forgetting"
-forgotten = {"before": before["bits_per_byte"], "after, with replay": history.evals[-1]["bits_per_byte"]}
-forgotten["short run, no replay"] = bits_per_byte_of(short["right"][0])
+forgotten = {"before": before["bits_per_byte"],
+             "after, with replay": history.evals[-1]["bits_per_byte"],
+             "short run, no replay": bits_per_byte_of(short["right"][0])}
 for name, value in forgotten.items():
     print(f"{name:22} {value:.3f} bits per byte")
-if questions and chapter.max_steps is None and profile != "smoke":  # other data need longer runs
+if full_run:  # other data need longer runs
     assert forgotten["after, with replay"] < forgotten["short run, no replay"]
 
 # %% [markdown]
-# And over the steps:
+# And over the steps. The run without replay has only two points, its start and its end:
 
 # %% id="sft-forgetting-figure"
 fig, ax = plt.subplots(figsize=(7, 2.4))
-ax.plot(at, [before["bits_per_byte"], *(e["bits_per_byte"] for e in history.evals)], marker="o", label="with replay")
-ax.plot([0, short["right"][1].step[-1]], [before["bits_per_byte"], forgotten["short run, no replay"]], marker="s", label="without")
-ax.axhline(before["bits_per_byte"], color="0.5", ls=":")
+ax.plot(at, [e["bits_per_byte"] for e in evals], marker="o", label="with replay")
+start, replayed, end = forgotten.values()
+ax.plot([0, short["right"][1].step[-1]], [start, end], marker="s", label="without")
+ax.axhline(start, color="0.5", ls=":")
 ax.set(xlabel="step", ylabel="bits per byte")
 ax.legend()
-show(fig, "Forgetting on pretraining text: bits per byte above the dotted line of the base model is what fine-tuning has cost.")
+show(fig, f"Bits per byte of pretraining text: {replayed - start:+.3f} with replay, "
+          f"{end - start:+.3f} in a short run without: that much was forgotten.")
 
 # %% [markdown]
+# At profile cpu the short run forgot much more in far fewer steps. Replay is not free: a quarter of the steps teach no chat.
+#
 # The claim of this chapter, in numbers with their bands:
 
 # %% id="sft-claim"
@@ -846,15 +953,15 @@ with chapter.write("sft") as out:
     tokenizer.save_pretrained(out)
 
 # %% [markdown]
-# Talk to it: `python -m minimind.chat runs/latest/artifacts/sft`, or here, with two turns.
+# The folder holds weights, configuration and tokenizer. Talk to it: `python -m minimind.chat runs/latest/artifacts/sft`, or here, with two turns. The second question is asked with the first answer still in view, as in any chat.
 
 # %% id="sft-talk"
 from minimind.chat import reply
 
-talk = []
+talk, stop_ids = [], [tokenizer.im_end_id, tokenizer.eos_id]
 for text in (five[0], five[-1]):
     talk.append({"role": "user", "content": text})
-    answer = "".join(reply(chat_model, tokenizer, talk, [tokenizer.im_end_id, tokenizer.eos_id], 40))
+    answer = "".join(reply(chat_model, tokenizer, talk, stop_ids, 40))
     talk.append({"role": "assistant", "content": answer})
     print(f"you:   {text}\nmodel: {answer}")
 
