@@ -790,8 +790,8 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors as PEFT does. Whole or not at all; other files there stay."""
-    folder, config = Path(folder), model.lora_config
     tensors = {PREFIX + name: weight.detach().cpu().contiguous() for name, weight in adapter_weights(model).items()}
+    folder, config = Path(folder), model.lora_config
     settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha,
                 "target_modules": list(config.target_modules), "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -808,11 +808,20 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 # %% [markdown]
 # Reading is the reverse, and strict. PEFT knows many kinds of adapters. One that this code would read wrongly, such as a rank that differs from layer to layer, must be refused.
 
-# %% id="lora-load-adapter"
+# %% id="lora-read-config"
 #| export
-PLAIN = {"peft_type": "LORA", "bias": "none", "use_dora": False, "use_rslora": False, "fan_in_fan_out": False,
-         "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "layers_to_transform": None, "lora_bias": False,
-         "exclude_modules": None, "trainable_token_indices": None, "target_parameters": None, "layer_replication": None}  # fmt: skip
+NOT_PLAIN = ("fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias", "exclude_modules",
+             "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config")  # fmt: skip
+
+
+def not_plain(values: dict) -> list[str]:
+    """What in an adapter_config.json is no plain LoRA, in words."""
+    special = [name for name in values if name in NOT_PLAIN or name.startswith("use_")]  # use_dora, use_rslora, ...
+    found = [f"{name} is {values[name]!r}" for name in special if values[name]]
+    found += [f"{name} is {values.get(name)!r}" for name, plain in (("peft_type", "LORA"), ("bias", "none")) if values.get(name, plain) != plain]
+    if not isinstance(values["target_modules"], list):
+        found.append(f"target_modules is the pattern {values['target_modules']!r} where a list of names was expected")
+    return found
 
 
 def read_adapter_config(path: Path) -> LoRAConfig:
@@ -822,14 +831,15 @@ def read_adapter_config(path: Path) -> LoRAConfig:
         config = LoRAConfig(int(values["r"]), float(values["lora_alpha"]), values["target_modules"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({error!r}): save the adapter again") from error
-    other = [f"{name} is {values[name]!r}" for name, plain in PLAIN.items() if values.get(name) not in (plain, None)]
-    if not isinstance(config.target_modules, list):
-        other.append(f"target_modules is the pattern {config.target_modules!r}, a list of names was expected")
-    if other:
+    if other := not_plain(values):
         raise ValueError(f"{path}: only plain LoRA is read here, but {'; '.join(other)}")
     return config
 
+# %% [markdown]
+# Names and shapes are checked as for a whole model (chapter 7). If anything does not fit, the adapters come off again.
 
+# %% id="lora-load-adapter"
+#| export
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put the adapter of a PEFT folder on a model, in place. When something does not fit, the model stays as it was."""
     folder = Path(folder)
