@@ -67,7 +67,7 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
         raise ValueError(f"{what}; the layers are {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
     return [name for name in names if any(name in found for found in fits.values())]
 
-# %% ../chapters/12_lora.ipynb #lora-add
+# %% ../chapters/12_lora.ipynb #lora-config
 @dataclass
 class LoRAConfig:
     """Rank, alpha (the change is scaled by alpha / r) and target layers; the names are PEFT's."""
@@ -76,7 +76,7 @@ class LoRAConfig:
     lora_alpha: float
     target_modules: list[str]
 
-
+# %% ../chapters/12_lora.ipynb #lora-adapters
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the module with this full name."""
     parent, _, child = name.rpartition(".")
@@ -90,7 +90,7 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
         raise ValueError("this model has no adapters: they were never added, or are merged or removed already")
     return found
 
-
+# %% ../chapters/12_lora.ipynb #lora-add
 def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     """Freeze a model and put an adapter on every target layer, in place."""
     if any(isinstance(module, LoRALinear) for module in model.modules()):
@@ -123,7 +123,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
         module.base_layer.weight += module.change()
     return remove_lora(model)
 
-# %% ../chapters/12_lora.ipynb #lora-save
+# %% ../chapters/12_lora.ipynb #lora-weights
 PREFIX = "base_model.model."  # PEFT puts this before every name
 
 
@@ -134,7 +134,7 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
         for name, module in adapters(model).items() for part in ("lora_A", "lora_B")
     }
 
-
+# %% ../chapters/12_lora.ipynb #lora-save
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors as PEFT does. Whole or not at all; other files there stay."""
     tensors = {PREFIX + name: weight.detach().cpu().contiguous() for name, weight in adapter_weights(model).items()}
