@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFFERS', 'MANNERS', 'reply_in', 'chat_of', 'mixed_chats', 'judge', 'pair_example', 'answer_logprobs', 'sort_pairs',
-           'length_problem', 'read_pairs', 'PreferencePairs', 'keep_reference', 'log_ratios', 'dpo_loss', 'ipo_loss']
+           'length_problem', 'read_pairs', 'padded', 'PreferencePairs', 'keep_reference', 'log_ratios', 'dpo_loss',
+           'ipo_loss']
 
 # %% ../chapters/13_dpo.ipynb #dpo-imports
 import random
@@ -86,7 +87,7 @@ def answer_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     """
     if logits.shape[:-1] != targets.shape:
         found = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
-        raise ValueError(f"logits and targets are {found}: expected (B, T, V) and (B, T)")
+        raise ValueError(f"logits, targets are {found}: expected (B, T, V) and (B, T)")
     logits = logits.float().transpose(1, 2)  # (B, V, T)
     return -F.cross_entropy(logits, targets, reduction="none").sum(-1)  # (B,)
 
@@ -143,22 +144,31 @@ def read_pairs(
         raise DataError(str(problems))
     return rows, left_out
 
+# %% ../chapters/13_dpo.ipynb #dpo-padded
+def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Rows of unequal length as one tensor (B, T), filled up on the right with `value`."""
+    rows = [torch.tensor(row) for row in rows]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
 # %% ../chapters/13_dpo.ipynb #dpo-preference-pairs
 class PreferencePairs:
     """Batches of {"chosen", "rejected"} pairs; `[step]` is always the same batch.
 
     A batch of B pairs has rows 0..B-1 chosen, B..2B-1 rejected: input_ids (2B, T);
-    targets (2B, T), already shifted, -100 outside of the answer; and, once
-    `keep_reference` has run, reference (2B,), ln p under it. Each epoch is shuffled anew.
+    targets (2B, T), already shifted, -100 outside of the answer; and, after
+    `keep_reference`, reference (2B,), ln p under it. Each epoch is shuffled anew.
     """
 
     def __init__(
-        self, rows: Sequence[dict], tokenizer, batch_size: int, seed: int = 0, device="cpu"
-    ):
+        self, rows: Sequence[dict], tokenizer, batch_size: int,
+        seed: int = 0, device: torch.device | str = "cpu",
+    ):  # fmt: skip
         if not rows:
             raise ValueError("there are no pairs to train on")
-        sides = [[row[side] for row in rows] for side in ("chosen", "rejected")]
-        self.sides = [[pair_example(tokenizer, chat) for chat in side] for side in sides]
+        self.sides = [
+            [pair_example(tokenizer, row[side]) for row in rows]
+            for side in ("chosen", "rejected")
+        ]
         self.batch_size = min(batch_size, len(rows))
         self.seed, self.device = seed, device
         self.reference: torch.Tensor | None = None  # (N, 2)
@@ -176,18 +186,13 @@ class PreferencePairs:
         """The pairs with these numbers."""
         rows = [side[i] for side in self.sides for i in numbers]
         batch = {
-            "input_ids": self.padded([ids[:-1] for ids, _ in rows], 0),
-            "targets": self.padded([labels[1:] for _, labels in rows], -100),
+            "input_ids": padded([ids[:-1] for ids, _ in rows], 0),  # (2B, T)
+            "targets": padded([labels[1:] for _, labels in rows], -100),  # the shift
         }
         if self.reference is not None:
             kept = self.reference[torch.as_tensor(numbers)]  # (B, 2)
-            batch["reference"] = kept.T.flatten().to(self.device)
-        return batch
-
-    def padded(self, rows: list[list[int]], value: int) -> torch.Tensor:
-        rows = [torch.tensor(row) for row in rows]
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-        return padded.to(self.device)  # (2B, T)
+            batch["reference"] = kept.T.flatten()  # (2B,)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 # %% ../chapters/13_dpo.ipynb #dpo-keep-reference
 @torch.no_grad()
@@ -214,8 +219,9 @@ def log_ratios(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tenso
 def dpo_loss(
     model: nn.Module, batch: dict, beta: float = 0.1
 ) -> tuple[torch.Tensor, dict]:
-    """The sigmoid loss of DPO, a mean over pairs (Rafailov et al. 2023, arXiv:2305.18290).
+    """The sigmoid loss of DPO, a mean over pairs.
 
+    Rafailov et al. 2023, arXiv:2305.18290.
     Metrics, means too: margin; accuracy, the share of pairs with a margin above 0.
     """
     chosen, rejected = log_ratios(model, batch)
@@ -227,9 +233,9 @@ def dpo_loss(
 def ipo_loss(
     model: nn.Module, batch: dict, beta: float = 0.1
 ) -> tuple[torch.Tensor, dict]:
-    """The squared loss of IPO, a mean over pairs (Azar et al. 2023, arXiv:2310.12036).
+    """The squared loss of IPO, a mean over pairs. Metrics as in dpo_loss.
 
-    Log-ratios are means over the tokens of an answer, as in TRL. Metrics as in dpo_loss.
+    Azar et al. 2023, arXiv:2310.12036; log-ratios are means over tokens, as in TRL.
     """
     chosen, rejected = log_ratios(model, batch)
     lengths = (batch["targets"] != -100).sum(-1)  # (2B,)

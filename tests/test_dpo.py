@@ -295,7 +295,7 @@ def test_too_long_pairs_are_named_and_left_out(tmp_path, tokenizer):
     write_jsonl(path, [good, {**good, "chosen": chat_of("Hi", "Garus " * 90)}, {**good, "rejected": chat_of("Hi", "Tilda " * 90)}])
     rows, left_out = read_pairs(path, tokenizer, 64)
     assert rows == [good] and len(left_out) == 2
-    assert re.fullmatch(rf'{re.escape(str(path))}:2: "chosen" has \d+ tokens, the context has 64: shorten it', left_out[0])
+    assert re.fullmatch(rf'{re.escape(str(path))}:2: "chosen" has \d+ tokens, the context 64: shorten it', left_out[0])
     assert left_out[1].startswith(f'{path}:3: "rejected" has ')
 
 

@@ -56,7 +56,8 @@ from minimind.world import ASKS, LESSONS
 # ## 13.1 A model that imitates everybody
 #
 # Supervised fine-tuning imitates. That was fine in chapter 11, because all answers in the data had one manner. Real chat data have many
-# writers, and a model trained on them speaks like all of them in turn. Take the model of chapter 11:
+# writers: some polite, some short, some who cannot stop. A model trained on them speaks like all of them in turn, and you cannot tell it which one you
+# like. This chapter gives you the means. Take the model of chapter 11:
 
 # %% id="dpo-load"
 import copy
@@ -88,7 +89,7 @@ if not judged:
 
 # %% [markdown]
 # Now the writers. One answers plainly. One ends with a friendly offer. One rambles: a remark or two that nobody asked for. All three say
-# the same true sentence first.
+# the same true sentence first, so truth is not what tells them apart. Every sentence that they add is one that the model has met before, in chats or in stories.
 
 # %% id="dpo-manners"
 #| export
@@ -179,8 +180,10 @@ for answer in sample(reference, [seen[0]["question"]] * 6):
     print(answer)
 
 # %% [markdown]
-# It learned the mixture. Suppose you want one of the three: true, friendly, and nothing else. SFT has no way to say "this rather than that". For that you need a judge
-# and a loss that listens to it. In this world the judge can be a rule, because every fact is known:
+# It learned the mixture. Suppose you want one of the three: true, friendly, and nothing else. SFT has no way to say "this rather than that": its loss knows good examples only.
+# You need somebody who compares, and a loss that listens.
+#
+# In practice people compare, or a large model does, and both err. In this world the judge can be a rule that never errs, because every fact is known:
 
 # %% id="dpo-judge"
 #| export
@@ -225,7 +228,10 @@ print("reference: ", ", ".join(f"{share:.0%} {name}" for name, share in before.i
 
 # %% [markdown]
 # The model of chapter 11 never offers help; the mixture does it now and then. The rest of the chapter makes it a habit. The model that we start from has a name:
-# the **reference**.
+# the **reference**. It stays as it is, and the trained model will be measured against it all the time.
+#
+# Why these extra steps, and not preferences right away? A comparison can only strengthen what the model already does sometimes. Exercise 13.5 shows what happens
+# without them.
 #
 # **Exercise 13.1 (10 min, ★).** Write a second judge that prefers the plain answer. What is its share now?
 #
@@ -245,8 +251,8 @@ print(f"r_friendly - r_plain = ln(73/27) = {math.log(73 / 27):.2f}")
 assert abs(torch.tensor(math.log(73 / 27)).sigmoid() - 0.73) < 1e-6
 
 # %% [markdown]
-# Three kinds of answers, three numbers of wins. There are three unknown rewards, and only differences matter. Make what was seen likely: minimise
-# $-\log P$ over all comparisons.
+# Three kinds of answers, a hundred comparisons for each two. There are three unknown rewards, and only differences matter: add 5 to all of them, and no $P$ changes. Find the
+# rewards that make what was seen most likely, which means to minimise $-\log P$ over all comparisons. First the counts, and a small optimiser that we will need three times:
 
 # %% id="dpo-wins"
 wins = {(1, 0): 73, (0, 1): 27, (0, 2): 73, (2, 0): 27, (1, 2): 88, (2, 1): 12}
@@ -263,7 +269,7 @@ def improve(parameter, loss_of, steps=400):
     return parameter.detach()
 
 # %% [markdown]
-# The second line of the function is the formula, with the same letters:
+# Now the loss. The first line of `bradley_terry` is the formula, with the same letters:
 
 # %% id="dpo-bradley-terry"
 r = torch.zeros(3, requires_grad=True)
@@ -295,8 +301,8 @@ show(fig, "Three shares of wins, one curve: reward differences explain them all.
 # ## 13.3 From a reward to the best model, and back
 #
 # Suppose the rewards are known. What should the model do with them? Always give the answer with the highest reward? That throws away all that it has learned about
-# language, and a reward is only as good as its judge. So one asks for much reward, close to the reference. "Close" is the KL divergence, and $\beta$ is
-# its price:
+# language, and a reward is only as good as its judge. So one asks for much reward, close to the reference. "Close" is measured by the **KL divergence**: the mean of $\log(\pi/\pi_{ref})$
+# over what the model says. It is 0 for equal models, and grows when $\pi$ says what the reference would hardly say. $\beta$ is its price:
 #
 # $$\max_\pi \; \sum_y \pi(y)\, r(y) - \beta \sum_y \pi(y) \log\frac{\pi(y)}{\pi_{ref}(y)}$$
 #
@@ -317,7 +323,8 @@ def best_by_search(r, beta):
 print([round(p, 3) for p in best_by_search(r, beta=1.0).tolist()])
 
 # %% [markdown]
-# There is a formula for it (a distribution that trades reward against KL is always of this form): weigh the reference by $e^{r/\beta}$ and normalise.
+# Plain kept a third, although friendly is better: that is the price at work. There is also a formula for the best $\pi$, and it holds for any rewards and any number of answers: weigh the reference by
+# $e^{r/\beta}$ and normalise, so that the sum is 1.
 #
 # $$\pi^*(y) = \frac{1}{Z}\, \pi_{ref}(y)\, e^{r(y)/\beta}$$
 
@@ -347,7 +354,8 @@ show(fig, "The best model for three prices of distance: "
           "a small β keeps only the winner, a large one stays at the reference.")
 
 # %% [markdown]
-# The same with a slider (in a live notebook):
+# At 0.2, a reward of one point more means $e^{5} = 148$ times the weight, and only the winner is left. At 5 it means 1.2 times, and little changes. The same with a slider, in a live
+# notebook:
 
 # %% id="dpo-beta-widget"
 def explore(beta=1.0):
@@ -396,9 +404,10 @@ print([round(p, 3) for p in pi.tolist()])
 assert torch.allclose(pi, best_policy(r, beta), atol=2e-3)
 
 # %% [markdown]
-# Both ways agree. The number in the brackets, times $\beta$, is the **margin** of a pair. When training starts, $\pi = \pi_{ref}$, every margin is 0 and the loss is $\log 2 = 0.69$.
+# Both ways agree, to three digits. The number in the brackets, times $\beta$, is the **margin** of a pair: how clearly the model itself now holds the better answer for better. When training starts,
+# $\pi = \pi_{ref}$, every margin is 0 and the loss is $\log 2 = 0.69$.
 #
-# What does a pair do to the model? The slope of the loss says it: $-\sigma(-\text{margin})$. A pair in the wrong order pulls with nearly full force, a pair that is
+# What does a pair do to the model? The slope of the loss says it: $-\sigma(-\text{margin})$. A pair in the wrong order pulls with nearly full force; a pair that is
 # far enough apart hardly pulls any more.
 
 # %% id="dpo-slope-figure"
@@ -419,8 +428,8 @@ show(fig, "Loss and pull against the margin: the pull gets weak as the margin gr
 #
 # ## 13.4 The probability of an answer
 #
-# For a model, $\log \pi(y)$ is a sum over tokens, each given all before it. Only the tokens of the answer count: the prompt is given. Chapter 11 marks
-# them with labels. For a conversation of several turns, only the *last* answer is compared; the earlier ones are part of the prompt.
+# So far an answer was one thing with one probability. For a model, $\log \pi(y)$ is a sum over tokens, each given all before it. Only the tokens of the answer count: the prompt is given, and it is the
+# same for both. Chapter 11 marks the answer with labels. In a conversation of several turns only the *last* answer is compared; the earlier ones are part of the prompt.
 
 # %% id="dpo-pair-example"
 #| export
@@ -449,7 +458,8 @@ by_hand = sum(each)
 print(f"{by_hand:8.3f}  the answer")
 
 # %% [markdown]
-# The general form is one call: `cross_entropy` without its mean is $-\log p$ of every label and 0 where the label is -100.
+# The sentence itself is certain. What varies is the token after it: here stands the choice between the three writers. The general form is one call, because `cross_entropy` without its mean is
+# $-\log p$ of every label, and 0 where the label is -100.
 
 # %% id="dpo-answer-logprobs"
 #| export
@@ -461,7 +471,7 @@ def answer_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
     """
     if logits.shape[:-1] != targets.shape:
         found = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
-        raise ValueError(f"logits and targets are {found}: expected (B, T, V) and (B, T)")
+        raise ValueError(f"logits, targets are {found}: expected (B, T, V) and (B, T)")
     logits = logits.float().transpose(1, 2)  # (B, V, T)
     return -F.cross_entropy(logits, targets, reduction="none").sum(-1)  # (B,)
 
@@ -511,28 +521,11 @@ assert abs(logprob(ids, one_early(ids, labels)) - logprob(ids, labels)) > 1
 # %% [markdown]
 # Look at the middle row. A plain answer differs from a friendly one by *stopping*, and the labels have lost just that token. What is left of the plain answer is
 # the beginning of the friendly one, so the plain answer always wins. Most of its number comes from the line end before the answer, which nobody ever asked the model to predict. The last row
-# is a sum over the wrong tokens, and far too low. Two checks find such bugs: redo one sum by hand, as above, and print the tokens that count.
+# is a sum over the wrong tokens, and far too low. Two checks find such bugs: redo one sum by hand, as above, and print what counts:
 
-# %% id="dpo-off-by-one-figure"
-def draw_tokens(ax, ids, labels):
-    for i, (token, label) in enumerate(zip(ids, labels)):
-        on, text = label != -100, repr(tokenizer.decode([token]))[1:-1]
-        ax.text(i, 0, text, ha="center", va="center", fontsize=6.5,
-                color="white" if on else "black",
-                bbox={"fc": "#0072B2" if on else "#e8e8e8", "ec": "none"})
-    ax.set(xlim=(-0.7, len(ids) - 0.3), ylim=(-0.5, 0.5))
-    ax.axis("off")
-
-# %% [markdown]
-# The last tokens of the plain answer, under both sets of labels:
-
-# %% id="dpo-off-by-one-drawn"
-fig, axes = plt.subplots(2, 1, figsize=(7, 1.3))
-for ax, name in zip(axes, ("right", "one early")):
-    draw_tokens(ax, ids[-10:], wrong[name](ids, labels)[-10:])
-    ax.set_title(name, fontsize=9, loc="left", pad=2)
-show(fig, "The end of the plain answer; white on blue counts. "
-          "One place early, <|im_end|> is lost and a line end counts.")
+# %% id="dpo-what-counts"
+for change in (wrong["right"], one_early):
+    print([tokenizer.decode([t]) for t in change(ids, labels) if t != -100])
 
 # %% [markdown]
 # **Exercise 13.3 (15 min, ★★).** Divide by the number of answer tokens. Which of two answers gains by that, the short or the long one?
@@ -594,7 +587,8 @@ def sampled_pairs(asked, seed):
     return rows
 
 # %% [markdown]
-# This asks the reference a few thousand questions:
+# Both sides of a pair were written by the model, both are likely under it, and in most of them the first sentence is the same. That makes a pair cheap to learn: it differs only where the judge's opinion
+# differs. This asks the reference a few thousand questions:
 
 # %% id="dpo-world-pairs"
 if not own_pairs:
@@ -679,7 +673,8 @@ if own_pairs:
     source = json.loads((data / "about.json").read_text())["stages"]["dpo"]["source"]
     if Path(source).exists():
         _, left_out = read_pairs(source, tokenizer, context)
-        print(f"{len(left_out)} pairs are too long and left out", *left_out[:5], sep="\n  ")
+        print(f"{len(left_out)} pairs are too long and left out")
+        print(*left_out[:5], sep="\n")
     parts = [data / "dpo" / f"{part}.jsonl.gz" for part in ("train", "valid")]
     train_rows, valid_rows = (read_pairs(part, tokenizer, context)[0] for part in parts)
 assert train_rows and valid_rows, "no pair is short enough: raise context"
@@ -697,23 +692,36 @@ for side, messages in train_rows[0].items():
 # A batch of $B$ pairs has $2B$ rows: first the chosen answers, then the rejected ones in the same order. Rows are padded on the right. With a causal mask no real token sees the
 # padding, so no further mask is needed.
 
+# %% id="dpo-padded"
+#| export
+def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Rows of unequal length as one tensor (B, T), filled up on the right with `value`."""
+    rows = [torch.tensor(row) for row in rows]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+# %% [markdown]
+# As in chapter 11, the class is addressed by step, and it is the one place where labels are shifted. It also holds what 13.6 will compute once for every pair.
+
 # %% id="dpo-preference-pairs"
 #| export
 class PreferencePairs:
     """Batches of {"chosen", "rejected"} pairs; `[step]` is always the same batch.
 
     A batch of B pairs has rows 0..B-1 chosen, B..2B-1 rejected: input_ids (2B, T);
-    targets (2B, T), already shifted, -100 outside of the answer; and, once
-    `keep_reference` has run, reference (2B,), ln p under it. Each epoch is shuffled anew.
+    targets (2B, T), already shifted, -100 outside of the answer; and, after
+    `keep_reference`, reference (2B,), ln p under it. Each epoch is shuffled anew.
     """
 
     def __init__(
-        self, rows: Sequence[dict], tokenizer, batch_size: int, seed: int = 0, device="cpu"
-    ):
+        self, rows: Sequence[dict], tokenizer, batch_size: int,
+        seed: int = 0, device: torch.device | str = "cpu",
+    ):  # fmt: skip
         if not rows:
             raise ValueError("there are no pairs to train on")
-        sides = [[row[side] for row in rows] for side in ("chosen", "rejected")]
-        self.sides = [[pair_example(tokenizer, chat) for chat in side] for side in sides]
+        self.sides = [
+            [pair_example(tokenizer, row[side]) for row in rows]
+            for side in ("chosen", "rejected")
+        ]
         self.batch_size = min(batch_size, len(rows))
         self.seed, self.device = seed, device
         self.reference: torch.Tensor | None = None  # (N, 2)
@@ -731,21 +739,17 @@ class PreferencePairs:
         """The pairs with these numbers."""
         rows = [side[i] for side in self.sides for i in numbers]
         batch = {
-            "input_ids": self.padded([ids[:-1] for ids, _ in rows], 0),
-            "targets": self.padded([labels[1:] for _, labels in rows], -100),
+            "input_ids": padded([ids[:-1] for ids, _ in rows], 0),  # (2B, T)
+            "targets": padded([labels[1:] for _, labels in rows], -100),  # the shift
         }
         if self.reference is not None:
             kept = self.reference[torch.as_tensor(numbers)]  # (B, 2)
-            batch["reference"] = kept.T.flatten().to(self.device)
-        return batch
-
-    def padded(self, rows: list[list[int]], value: int) -> torch.Tensor:
-        rows = [torch.tensor(row) for row in rows]
-        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
-        return padded.to(self.device)  # (2B, T)
+            batch["reference"] = kept.T.flatten()  # (2B,)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 # %% [markdown]
-# Padding must not change anything. One answer alone, and the same in a padded batch:
+# Note what is *not* there: the key "labels". The loop of chapter 8 weighs the parts of a batch by their labels, which is right for tokens; here every pair counts the same. Padding must not change
+# anything either. One answer alone, and the same in a padded batch:
 
 # %% id="dpo-padding-agrees"
 B = chapter.size.pairs
@@ -778,7 +782,8 @@ def keep_reference(
     pairs.reference = torch.cat(parts).cpu()
 
 # %% [markdown]
-# Then the loss. Its first line is $\log\pi$, the second $\log(\pi/\pi_{ref})$, the third the margin, and the last the loss of 13.3.
+# `autocast` is the same as in training. Otherwise the kept numbers would be more exact than the model's own, and the margins would not start at 0. Then the loss. Its first line is $\log\pi$, the second
+# $\log(\pi/\pi_{ref})$, the third the margin, and the fourth the loss of 13.3.
 
 # %% id="dpo-loss"
 #| export
@@ -792,8 +797,9 @@ def log_ratios(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tenso
 def dpo_loss(
     model: nn.Module, batch: dict, beta: float = 0.1
 ) -> tuple[torch.Tensor, dict]:
-    """The sigmoid loss of DPO, a mean over pairs (Rafailov et al. 2023, arXiv:2305.18290).
+    """The sigmoid loss of DPO, a mean over pairs.
 
+    Rafailov et al. 2023, arXiv:2305.18290.
     Metrics, means too: margin; accuracy, the share of pairs with a margin above 0.
     """
     chosen, rejected = log_ratios(model, batch)
@@ -879,22 +885,19 @@ check("dpo/reference_speedup", again / kept)
 # %% id="dpo-trl-trainer"
 def trl_trainer(folders, rows):
     """TRL's DPO trainer on two model folders: the learner and the reference."""
-    import datasets
-    import transformers
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
     args = DPOConfig(str(chapter.work / "trl"), report_to="none", use_cpu=True,
                      bf16=False, activation_checkpointing=False, max_length=None, beta=0.1)
-    model, ref = (transformers.AutoModelForCausalLM.from_pretrained(f) for f in folders)
-    words = transformers.AutoTokenizer.from_pretrained(folders[0])
-    return DPOTrainer(model, ref, args, processing_class=words,
-                      train_dataset=datasets.Dataset.from_list(rows))
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
+    return DPOTrainer(*models, args, train_dataset=Dataset.from_list(rows),
+                      processing_class=AutoTokenizer.from_pretrained(folders[0]))
 
 # %% [markdown]
 # TRL tokenises the pairs and makes the batch, with its own marks for what is an answer. From these we make our `targets`, and the reference's numbers with our own
-# code. (TRL also counts the line end that the template sets after `<|im_end|>`. It is the same for both answers; we leave it out elsewhere.)
+# code. (TRL also counts the line end that the template sets after `<|im_end|>`. It is the same for both answers, and here it counts for us too.)
 
 # %% id="dpo-trl-batch"
 def same_batch(batch, ref):
@@ -905,46 +908,51 @@ def same_batch(batch, ref):
         logprobs = answer_logprobs(ref(ids[:, :-1]), targets)
     return {"input_ids": ids[:, :-1], "targets": targets, "reference": logprobs}
 
-def gradients(model, loss):
-    loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}
+# %% [markdown]
+# The two models, saved as folders that TRL can read:
+
+# %% id="dpo-trl-models"
+from minimind.data import set_seed
+
+set_seed(0)
+ref, noisy = copy.deepcopy(reference).cpu(), copy.deepcopy(reference).cpu()
+for p in noisy.parameters():
+    p.data += 0.003 * torch.randn_like(p)
+folders = [chapter.work / "noisy", chapter.work / "ref"]
+for model, place in zip((noisy, ref), folders):
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
 
 # %% [markdown]
-# Now the loss and the gradient of every weight, theirs and ours:
+# Now the loss and the gradient of every weight, theirs and ours. (TRL writes progress bars to the error stream; they are left out.)
 
 # %% id="dpo-trl-equal"
 import contextlib
 import importlib.util
 import io
 
-def compare_with_trl(rows):
-    torch.manual_seed(0)
-    ref, noisy = copy.deepcopy(reference).cpu(), copy.deepcopy(reference).cpu()
-    for p in noisy.parameters():
-        p.data += 0.003 * torch.randn_like(p)
-    for name, model in (("noisy", noisy), ("ref", ref)):
-        model.save_pretrained(chapter.work / name)
-        tokenizer.save_pretrained(chapter.work / name)
+def compare_with_trl():
     with contextlib.redirect_stderr(io.StringIO()):
-        trainer = trl_trainer([chapter.work / "noisy", chapter.work / "ref"], rows)
+        trainer = trl_trainer(folders, train_rows[:6])
         batch = trainer.data_collator(list(trainer.train_dataset))
         theirs = trainer.compute_loss(trainer.model, batch)
-        their_grads = gradients(trainer.model, theirs)
-    ours = dpo_loss(noisy, same_batch(batch, ref), beta=0.1)[0]
-    grads = gradients(noisy, ours)
-    worst = max((grads[name] - their_grads[name]).abs().max().item() for name in grads)
-    return ours.item(), theirs.item(), worst
+        theirs.backward()
+    ours, _ = dpo_loss(noisy, same_batch(batch, ref), beta=0.1)
+    ours.backward()
+    wanted = dict(trainer.model.named_parameters())
+    worst = max((p.grad - wanted[name].grad).abs().max()
+                for name, p in noisy.named_parameters())
+    print(f"loss {ours:.6f}, TRL {theirs:.6f}; gradients differ by at most {worst:.1e}")
+    assert abs(ours - theirs) < 1e-5 and worst < 1e-5
 
 # %% [markdown]
-# The measured differences:
+# If TRL is installed (`pip install trl`), run it. Without it, this cell says so.
 
 # %% id="dpo-trl-differences"
 if importlib.util.find_spec("trl"):
-    ours, theirs, worst = compare_with_trl(train_rows[:6])
-    print(f"loss {ours:.6f}, TRL {theirs:.6f}; gradients differ by at most {worst:.1e}")
-    assert abs(ours - theirs) < 1e-5 and worst < 1e-5
+    compare_with_trl()
 else:
-    print("trl is not installed: the comparison is left out (a test makes it)")
+    print("trl is not installed: the comparison is left out")
 
 # %% [markdown]
 # ## 13.7 The run
@@ -996,7 +1004,8 @@ axes[0].legend()
 show(fig, "Margin and accuracy over the run: both rise, and held-out pairs follow.")
 
 # %% [markdown]
-# Held-out pairs are about people without any pair in training, so this is no learning by heart. Now, where does the margin come from? The chosen answer may have become more
+# Compare with 13.3: there was one number for each kind of answer, here the model must see from the text which kind it is. Held-out pairs are about people without any pair in training, so this is no
+# learning by heart. Now, where does the margin come from? The chosen answer may have become more
 # likely, or the rejected one less. The margin cannot tell these apart. **Before you run this**: which of the two has moved further?
 
 # %% id="dpo-ratios-figure"
@@ -1221,9 +1230,9 @@ if judged and chapter.bands_hold and profile == "cpu":
 def ipo_loss(
     model: nn.Module, batch: dict, beta: float = 0.1
 ) -> tuple[torch.Tensor, dict]:
-    """The squared loss of IPO, a mean over pairs (Azar et al. 2023, arXiv:2310.12036).
+    """The squared loss of IPO, a mean over pairs. Metrics as in dpo_loss.
 
-    Log-ratios are means over the tokens of an answer, as in TRL. Metrics as in dpo_loss.
+    Azar et al. 2023, arXiv:2310.12036; log-ratios are means over tokens, as in TRL.
     """
     chosen, rejected = log_ratios(model, batch)
     lengths = (batch["targets"] != -100).sum(-1)  # (2B,)
