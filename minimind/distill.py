@@ -16,15 +16,19 @@ from .generate import generate_batch
 from .metrics import cross_entropy
 
 # %% ../chapters/14_distillation.ipynb #distill-kl
-def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) in nats at each place: logits (..., V) each -> (...). Computed in float32.
+def kl_divergence(
+    teacher_logits: Tensor, student_logits: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """KL(teacher || student) in nats at each place: logits (..., V) each -> (...).
 
-    Both distributions are softened by the temperature first. Kullback and Leibler 1951, doi:10.1214/aoms/1177729694.
+    In float32, and both are softened by the temperature first.
+    Kullback and Leibler 1951, doi:10.1214/aoms/1177729694.
     """
-    if teacher_logits.shape != student_logits.shape or temperature <= 0:
+    shapes = tuple(teacher_logits.shape), tuple(student_logits.shape)
+    if shapes[0] != shapes[1] or temperature <= 0:
         raise ValueError(
-            f"teacher logits {tuple(teacher_logits.shape)}, student logits {tuple(student_logits.shape)}, temperature "
-            f"{temperature}: give logits of one shape, that is, of one vocabulary, and a temperature above 0"
+            f"teacher logits {shapes[0]}, student logits {shapes[1]}, temperature {temperature}: "
+            f"give logits of one shape, that is, of one vocabulary, and a temperature above 0"
         )
     p = (teacher_logits.float() / temperature).log_softmax(-1)
     q = (student_logits.float() / temperature).log_softmax(-1)
@@ -32,31 +36,37 @@ def kl_divergence(teacher_logits: Tensor, student_logits: Tensor, temperature: f
 
 # %% ../chapters/14_distillation.ipynb #distill-soft-loss
 def soft_loss(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
-    """Mean of temperature**2 * KL(teacher || student) over all places (nats); logits (N, V) each.
+    """Mean of temperature**2 * KL(teacher || student) over N places; logits (N, V) each.
 
-    The factor keeps the gradient, temperature * (q - p) / N, from fading as the temperature rises.
+    The factor keeps the gradient, temperature * (q - p) / N, from fading with heat.
     Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2.
     """
-    return temperature**2 * kl_divergence(teacher_logits, student_logits, temperature).mean()
+    divergence = kl_divergence(teacher_logits, student_logits, temperature)  # (N,)
+    return temperature**2 * divergence.mean()
 
 # %% ../chapters/14_distillation.ipynb #distill-logits-at
 def logits_at(model: nn.Module, batch: dict, places: Tensor) -> Tensor:
-    """Logits where `places` (B, T) is True: (N, V). The output layer never sees the other positions."""
-    hidden = model.model(batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids"))  # (B, T, C)
+    """Logits where `places` (B, T) is True: (N, V). The output layer skips all others."""
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    hidden = model.model(batch["input_ids"], mask, positions)  # (B, T, C)
     output = model.model.embed_tokens if model.lm_head is None else model.lm_head
     return F.linear(hidden[places], output.weight)
 
 # %% ../chapters/14_distillation.ipynb #distill-loss
 class DistillLoss:
-    """loss(student, batch) for `train`: (1 - alpha) * cross-entropy + alpha * temperature**2 * KL(teacher || student).
+    """loss(student, batch) for `train`: (1 - alpha) * cross-entropy + alpha * soft_loss.
 
-    Both terms are means (nats) over the places that have a label. The teacher is frozen here and runs without a graph;
-    it is held by the loss and not by the student, so that no optimiser and no checkpoint ever sees it.
+    Both terms are means (nats) over the places that have a label. The teacher is frozen
+    here and runs without a graph; it is held by the loss and not by the student, so that
+    no optimiser and no checkpoint ever sees it. Hinton, Vinyals and Dean 2015.
     """
 
     def __init__(self, teacher: nn.Module, temperature: float = 1.0, alpha: float = 0.9):
         if not 0 <= alpha <= 1 or temperature <= 0:
-            raise ValueError(f"alpha={alpha}, temperature={temperature}: give an alpha from 0 to 1 and a temperature above 0")
+            raise ValueError(
+                f"alpha={alpha}, temperature={temperature}: "
+                f"give an alpha from 0 to 1 and a temperature above 0"
+            )
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature, self.alpha = temperature, alpha
 
@@ -68,42 +78,53 @@ class DistillLoss:
             target = logits_at(self.teacher, batch, learned)  # (N, V)
         hard = cross_entropy(logits, batch["labels"][learned])
         soft = soft_loss(target, logits, self.temperature)
-        return (1 - self.alpha) * hard + self.alpha * soft, {"cross_entropy": hard, "soft": soft}
+        loss = (1 - self.alpha) * hard + self.alpha * soft
+        return loss, {"cross_entropy": hard, "soft": soft}
 
 
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """ValueError for a student that cannot learn from this teacher."""
     if student is teacher:
-        raise ValueError("student and teacher are the same model: give the student weights of its own")
+        raise ValueError("student and teacher are the same model: give the student its own")
     mine, theirs = student.config.vocab_size, teacher.config.vocab_size
     if mine != theirs:
-        raise ValueError(f"the student has {mine} tokens, the teacher {theirs}: build the student with the teacher's tokenizer and vocab_size")
+        raise ValueError(
+            f"the student has {mine} tokens, the teacher {theirs}: "
+            f"build the student with the teacher's tokenizer and vocab_size"
+        )
     if student.config.num_experts:
-        raise ValueError("the student has experts, and this loss has no balance term for them: give it num_experts=0")
+        raise ValueError(
+            "the student has experts, and this loss has no balance term: use num_experts=0"
+        )
 
 # %% ../chapters/14_distillation.ipynb #distill-answers-of
-def answers_of(teacher: nn.Module, tokenizer, questions: Sequence[str], max_new_tokens: int = 48) -> list[list[dict]]:
-    """Ask the teacher and return conversations {"role", "content"}, as chat data are; greedy, so the same each time.
+def answers_of(
+    teacher: nn.Module, tokenizer, questions: Sequence[str], max_new_tokens: int = 48
+) -> list[list[dict]]:
+    """Ask the teacher, greedily: conversations of "role" and "content", as chat data are.
 
-    Answers that are empty or not closed within max_new_tokens are left out. Kim and Rush 2016, arXiv:1606.07947.
+    Answers that are empty or not closed within max_new_tokens are left out.
+    Kim and Rush 2016, arXiv:1606.07947.
     """
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": q}], add_generation_prompt=True) for q in questions]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # equal lengths together: little padding
+    asked = [[{"role": "user", "content": question}] for question in questions]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in asked]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     stops = (tokenizer.im_end_id, tokenizer.eos_id)
-    answers = generate_batch(teacher, [prompts[i] for i in order], max_new_tokens, stop_ids=stops)
-    closed = sorted((i, ids) for i, ids in zip(order, answers) if 0 < len(ids) < max_new_tokens)
-    said = [(questions[i], tokenizer.decode(ids, skip_special=True).strip()) for i, ids in closed]
-    return [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in said if a]
+    answers = generate_batch(teacher, [prompts[i] for i in order], max_new_tokens, stops)
+    closed = sorted((i, a) for i, a in zip(order, answers) if len(a) < max_new_tokens)
+    said = [(i, tokenizer.decode(ids, skip_special=True).strip()) for i, ids in closed]
+    return [[*asked[i], {"role": "assistant", "content": text}] for i, text in said if text]
 
 # %% ../chapters/14_distillation.ipynb #distill-same-tokenizer
 def check_same_tokenizer(student, teacher) -> None:
-    """ValueError that names the first token in which two tokenizers differ: soft targets need one vocabulary."""
+    """ValueError that names the first token in which two tokenizers differ."""
     mine, theirs = student.token_bytes(), teacher.token_bytes()
     if mine == theirs and student.special_ids == teacher.special_ids:
         return
-    first = next((i for i, pair in enumerate(zip(mine, theirs)) if pair[0] != pair[1]), min(len(mine), len(theirs)))
-    shown = [repr(tokens[first]) if first < len(tokens) else "nothing" for tokens in (mine, theirs)]
+    shorter = min(len(mine), len(theirs))
+    first = next((i for i in range(shorter) if mine[i] != theirs[i]), shorter)
+    a, b = (repr(each[first]) if first < len(each) else "nothing" for each in (mine, theirs))
     raise ValueError(
-        f"the tokenizers differ: token {first} is {shown[0]} for the student and {shown[1]} for the teacher. Train the student "
-        f"with the teacher's tokenizer, or train it on the teacher's answers (answers_of), which are text"
+        f"the tokenizers differ: token {first} is {a} for the student and {b} for the teacher. "
+        f"Use the teacher's tokenizer, or train on its answers (answers_of), which are text"
     )
