@@ -200,7 +200,9 @@ choice_tests = {name: rows for name, rows in tests.items() if "choices" in rows[
 if facts:
     questions = [from_facts(fact, question, rng) for fact, question in zip(facts, asked)]
 elif choice_tests:
-    questions = [row for rows in choice_tests.values() for row in rows if len(row["choices"]) == 4]
+    every = [row for rows in choice_tests.values() for row in rows]
+    usual = int(np.bincount([len(row["choices"]) for row in every]).argmax())  # one chance level for all
+    questions = rng.sample(some := [row for row in every if len(row["choices"]) == usual], len(some))
 if not facts and not choice_tests:
     words = [text.split()[:40] for text in valid_texts if len(text.split()) >= 16]
     halves = [(" ".join(w[: len(w) // 2]), " ".join(w[len(w) // 2 :])) for w in words]
@@ -254,33 +256,42 @@ assert pair == encode_pair(tokenizer, "Garus lives in ", "Foxhollow")
 print([tokenizer.decode([t]) for t in pair[0]], "|", [tokenizer.decode([t]) for t in pair[1]])
 
 # %% [markdown]
-# The other is speed: thousands of short rows of unequal length. Sort them by length, pad on the right (a causal model cannot look there), and compute the softmax only where an option stands.
-# The second result says whether greedy generation would have written the option.
+# The other is speed: thousands of short rows of unequal length. They are sorted, so that equal lengths stand together, and padded on the right, where a causal model cannot look. Options of
+# one token share all that the model reads, so equal inputs are read once. Inside, `place` and `target` say where each option's tokens are scored, and which they are.
+
+# %% id="evaluate-score-batch"
+#| export
+@torch.no_grad()
+def score_batch(model: nn.Module, rows: list[list[int]], sizes: list[int]) -> tuple[list[float], list[bool]]:
+    """Of the last sizes[i] tokens of rows[i]: their ln p in nats, and whether each is the most likely one."""
+    device, inputs = next(model.parameters()).device, {}
+    number = [inputs.setdefault(tuple(row[:-1]), len(inputs)) for row in rows]  # equal inputs are read once
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in inputs], batch_first=True)
+    which = torch.tensor([i for i, size in zip(number, sizes) for _ in range(size)])
+    place = torch.tensor([t for row, size in zip(rows, sizes) for t in range(len(row) - 1 - size, len(row) - 1)])
+    target = torch.tensor([token for row, size in zip(rows, sizes) for token in row[-size:]])
+    log_p = model(ids.to(device))[which.to(device), place.to(device)].float().log_softmax(-1).cpu()  # (tokens, V)
+    own, best = log_p.gather(1, target[:, None])[:, 0].double(), log_p.argmax(1) == target
+    return [x.sum().item() for x in own.split(sizes)], [bool(x.all()) for x in best.split(sizes)]
+
+# %% [markdown]
+# The second result says whether greedy generation would have written the option. And all pairs, in batches:
 
 # %% id="evaluate-score-pairs"
 #| export
-@torch.no_grad()
 def score_pairs(model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """ln p(continuation | context) in nats for pairs of ids, and whether every token is the most likely one; (N,) each.
 
-    Too long rows lose their beginning, as in lm-eval.
+    Rows that are too long for the model lose their beginning, as in lm-eval.
     """
-    device, room = next(model.parameters()).device, model.config.max_position_embeddings + 1
+    room = model.config.max_position_embeddings + 1
+    rows = [(context + continuation)[-room:] for context, continuation in pairs]
+    sizes = [min(len(continuation), len(row) - 1) for (_, continuation), row in zip(pairs, rows)]
     nats, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)
-    order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+    order = sorted(range(len(pairs)), key=lambda i: (len(rows[i]), rows[i]))  # equal lengths and equal inputs together
     for first in range(0, len(order), batch_size):
         some = order[first : first + batch_size]
-        rows = [torch.tensor((pairs[i][0] + pairs[i][1])[-room:]) for i in some]
-        sizes = [min(len(pairs[i][1]), len(row) - 1) for i, row in zip(some, rows)]  # tokens to score
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        where = torch.zeros(ids[:, 1:].shape, dtype=torch.bool)
-        for r, (row, size) in enumerate(zip(rows, sizes)):
-            where[r, len(row) - 1 - size : len(row) - 1] = True
-        log_p = model(ids[:, :-1])[where.to(device)].float().log_softmax(-1)  # (tokens, V)
-        target = ids[:, 1:][where.to(device)]
-        own, best = log_p.gather(1, target[:, None])[:, 0].cpu().double(), (log_p.argmax(1) == target).cpu()
-        for i, values, hits in zip(some, own.split(sizes), best.split(sizes)):
-            nats[i], greedy[i] = values.sum().item(), bool(hits.all())
+        nats[some], greedy[some] = score_batch(model, [rows[i] for i in some], [sizes[i] for i in some])
     return nats, greedy
 
 # %% [markdown]
@@ -398,14 +409,14 @@ for form in forms:
     print(f"{form:14}" + "".join(f"{value:8.0%}" for value in cells))
 
 # %% [markdown]
-# As a picture, with the chance level of four options as a line:
+# As a picture, with the chance level as a line:
 
 # %% id="evaluate-forms-figure"
 fig, ax = plt.subplots(figsize=(7, 2.8))
 y, look = np.arange(len(forms)), {"base": {"color": "0.75", "hatch": "//"}, "chat": {"color": "C0"}}
 for shift, name in ((-0.2, "base"), (0.2, "chat")):
     ax.barh(y + shift, [share(by_form[name, form]) for form in forms], 0.38, label=name, **look[name])
-ax.axvline(0.25, color="black", ls=":")
+ax.axvline(1 / len(first["choices"]), color="black", ls=":")
 ax.set(yticks=y, yticklabels=forms, xlim=(0, 1.05), xlabel="share right (dotted: chance)")
 ax.invert_yaxis()
 ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
@@ -519,7 +530,7 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 # A 95% interval should hold the truth 95 times in 100. Count it, with simulated models whose true share we know:
 
 # %% id="evaluate-coverage"
-def coverage(truth, n, trials=300):
+def coverage(truth, n, trials=150):
     """How often each interval holds the true share, over simulated tests of n questions."""
     rng, hits = np.random.default_rng(3), np.zeros(2)
     for _ in range(trials):
@@ -528,7 +539,7 @@ def coverage(truth, n, trials=300):
         hits += [low <= truth <= high for low, high in ends]
     return hits / trials
 
-held = {truth: coverage(truth, n=60) for truth in (0.5, 0.8, 0.9, 0.95, 0.98)}
+held = {truth: coverage(truth, n=60) for truth in (0.5, 0.9, 0.98)}
 for truth, (boot, score) in held.items():
     print(f"true share {truth:.0%}: bootstrap holds it {boot:.0%} of the time, Wilson {score:.0%}")
 assert held[0.98][0] < 0.85 < held[0.98][1]
@@ -678,7 +689,7 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> dict[str, float]:
     return {"difference": difference, "low": low, "high": high, "p": p, "questions": len(a)}
 
 # %% [markdown]
-# For four pairs of results: facts, and three forms in which the two models answered the same questions.
+# For the facts of 15.1, and for three forms in which the two models answered the same questions:
 
 # %% id="evaluate-differences"
 results = {"facts": (a, b)} if facts else {}
@@ -751,6 +762,23 @@ ax.text(0.5, 215, "a test of 200 questions", fontsize=8)
 ax.set(xlabel="difference (points)", ylabel="questions needed")
 ax.legend(fontsize=8)
 show(fig, "Half the difference needs four times the questions; asking both models the same ones saves most of them.")
+
+# %% [markdown]
+# In a live notebook, plan a test of your own:
+
+# %% id="evaluate-widget" tags=["widget"]
+def plan(difference=5.0, disagree=10, share_a=70):
+    """Questions needed, by both designs; difference in points, shares in percent."""
+    d, u, p = difference / 100, disagree / 100, share_a / 100
+    q = min(p + d, 1)
+    print(f"two separate tests: {questions_needed(d, p * (1 - p) + q * (1 - q)):,} questions each")
+    print(f"paired: {questions_needed(d, u - d * d):,}" if u > d else "paired: they must disagree on more than the difference")
+
+try:
+    from ipywidgets import interact
+    interact(plan, difference=(0.5, 20, 0.5), disagree=(1, 50), share_a=(0, 100))
+except ImportError:
+    plan()
 
 # %% [markdown]
 # A formula with an approximation in it needs a check. Simulate pairs of models with a true difference of five points, and count how often the test finds it:
@@ -878,9 +906,10 @@ gap = check("evaluate/leak_gap", gap)
 from minimind.data import overlapping
 
 test_texts = [tokenizer.decode(solved(row)[:-1]) for row in leaked]
-poisoned = train_texts[:500] + test_texts[:20]
-found = overlapping(poisoned, test_texts, size=8)
-print(f"{len(found)} texts of {len(poisoned)} share eight words in a row with the test; {sum(i >= 500 for i in found)} of the 20 planted")
+before = train_texts[:500]
+found = overlapping(before + test_texts[:20], test_texts, size=6)
+planted = sum(i >= len(before) for i in found)
+print(f"{len(found) - planted} of {len(before)} ordinary texts share six words in a row with the test, and {planted} of 20 planted ones")
 
 # %% [markdown]
 # **Exercise 15.6 (25 min, ★★★).** How often must an answer be read to be known? Leak 1, 4 and 16 times, and draw the curve.
@@ -981,11 +1010,13 @@ def scaled(length, kind):
 # Our documents are short, about 40 tokens in the world, so a long row is many documents one behind the other. Think about what that means. The far past holds nothing that helps to predict the next token: this
 # measurement cannot show the *gain* of a long context. It shows the *harm* of positions never seen. A perfect method gives a flat line.
 #
-# **Before you run this**: which method hurts even where the plain one is still fine?
+# **Before you run this**: one of the four does more harm than doing nothing. Which?
 
 # %% id="evaluate-rope-measure"
 kinds, lengths = ("plain", "linear", "NTK", "YaRN"), chapter.size.lengths
-rope = {(kind, length): bits_per_byte_of(scaled(length, kind), context=length) for kind in kinds for length in lengths}
+rope = {("plain", length): bits_per_byte_of(base, context=length) for length in lengths}
+for kind, length in [(kind, length) for kind in kinds[1:] for length in lengths]:  # up to the trained length nothing is stretched
+    rope[kind, length] = bits_per_byte_of(scaled(length, kind), context=length) if length > trained else rope["plain", length]
 print(f"{'':8}" + "".join(f"{length:>8}" for length in lengths))
 for kind in kinds:
     print(f"{kind:8}" + "".join(f"{rope[kind, length]:8.3f}" for length in lengths))
