@@ -21,11 +21,12 @@ profile = "cpu"
 # %% id="evaluate-opening-picture"
 import matplotlib.pyplot as plt
 
-steps = ["a question\nin words (15.3)", "a likelihood for\neach option (15.2)", "right or\nwrong", "a share with an\ninterval (15.4)",
-         "a difference,\nor noise (15.5)"]
+steps = ["a question\nin words (15.3)", "a likelihood for\neach option (15.2)", "right or\nwrong",
+         "a share with an\ninterval (15.4)", "a difference,\nor noise (15.5)"]
+box = {"boxstyle": "round,pad=0.35", "fc": "#f5e6cf", "ec": "black"}
 fig, ax = plt.subplots(figsize=(7, 1.5))
 for i, label in enumerate(steps):
-    ax.text(i, 0, label, ha="center", va="center", fontsize=8, bbox={"boxstyle": "round,pad=0.35", "fc": "#f5e6cf", "ec": "black"})
+    ax.text(i, 0, label, ha="center", va="center", fontsize=8, bbox=box)
     if i:
         ax.annotate("", (i - 0.42, 0), (i - 0.58, 0), arrowprops={"arrowstyle": "->"})
 ax.text(0, -0.42, "was it in the training text? (15.6)", ha="center", fontsize=8)
@@ -61,19 +62,22 @@ from minimind.data import DataError, Problems, data_rows
 def question_problem(row: dict) -> str | None:
     """What is wrong with one line of a test, in words; None if nothing is.
 
-    Known are {"prompt" or "ctx", "choices", "label"}, where "continuation" may follow each choice, and {"prompt" or "ctx", "target"}.
+    Known are {"prompt" or "ctx", "choices", "label"}, where "continuation" may follow each choice,
+    and {"prompt" or "ctx", "target"}.
     """
     prompt, choices, label = row.get("prompt", row.get("ctx")), row.get("choices"), row.get("label")
     if not isinstance(prompt, str) or not (prompt.strip() or row.get("continuation")):
         return 'neither "prompt" nor "ctx" holds a text'
     if "target" in row:
-        return None if isinstance(row["target"], str) and row["target"].strip() else '"target" is not a text'
+        fine = isinstance(row["target"], str) and row["target"].strip()
+        return None if fine else '"target" is not a text'
     if not isinstance(choices, list) or len(choices) < 2:
         return '"choices" is not a list of two or more options (and there is no "target")'
     if not all(isinstance(choice, str) and choice.strip() for choice in choices):
         return '"choices" has an option that is not a text'
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
-        return f'"label" is {label!r}, expected the number of the right option, 0 to {len(choices) - 1}'
+        wanted = f"the number of the right option, 0 to {len(choices) - 1}"
+        return f'"label" is {label!r}, expected {wanted}'
     return None
 
 # %% [markdown]
@@ -82,9 +86,10 @@ def question_problem(row: dict) -> str | None:
 # %% id="evaluate-read-questions"
 #| export
 def read_questions(source: str | Path, limit: int) -> dict[str, list[dict]]:
-    """Tests of a file or folder by name, at most `limit` rows of each, evenly drawn; DataError lists all bad lines.
+    """Tests of a file or folder by name, at most `limit` rows of each, evenly drawn.
 
-    Rows have "id", "prompt", and either "choices" and "label" or "target". Plain text, which is no test, is left out.
+    Rows have "id", "prompt", and either "choices" and "label" or "target". Plain text, which is no test, is
+    left out. DataError lists all bad lines.
     """
     problems, tests = Problems(), {}
     for file, line, row, problem in data_rows(source, "evals"):
@@ -94,19 +99,24 @@ def read_questions(source: str | Path, limit: int) -> dict[str, list[dict]]:
             problems.add(file, line, problem)
             continue
         name = Path(file).name.split(".")[0]
-        known = {"id": f"{name}:{line}", "prompt": row.get("prompt", row.get("ctx"))}
-        tests.setdefault(name, []).append(known | {k: row[k] for k in ("choices", "label", "continuation", "target") if k in row})
+        kept = {k: row[k] for k in ("choices", "label", "continuation", "target") if k in row}
+        kept |= {"id": f"{name}:{line}", "prompt": row.get("prompt", row.get("ctx"))}
+        tests.setdefault(name, []).append(kept)
     if problems.count:
         raise DataError(str(problems))
-    return {name: [rows[i * len(rows) // limit] for i in range(limit)] if len(rows) > limit else rows for name, rows in tests.items()}
+    thin = lambda rows: [rows[i * len(rows) // limit] for i in range(limit)]
+    return {name: thin(rows) if len(rows) > limit else rows for name, rows in tests.items()}
 
 # %% [markdown]
 # Three bad lines, as a reader would get them:
 
 # %% id="evaluate-bad-lines"
+import json
+
 bad = chapter.work / "bad.jsonl"
-bad.write_text('{"prompt": "2 + 2 =", "choices": ["4", "5"], "label": 0}\n{"prompt": "2 + 3 =", "choices": ["4", "5"], "label": 2}\n'
-               '{"prompt": "2 + 4 =", "choices": "6", "label": 0}\n{"choices": ["4", "5"], "label": 0}\n', encoding="utf-8")
+lines = [{"prompt": "2 + 2 =", "choices": ["4", "5"], "label": 0}, {"prompt": "2 + 3 =", "choices": ["4", "5"], "label": 2},
+         {"prompt": "2 + 4 =", "choices": "6", "label": 0}, {"choices": ["4", "5"], "label": 0}]
+bad.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
 try:
     read_questions(bad, limit=100)
 except DataError as error:
@@ -128,7 +138,6 @@ print(f"{len(tests)} tests in evals/" if tests else "no tests of your own: the w
 # ship with the course.
 
 # %% id="evaluate-load"
-import json
 from itertools import islice
 
 from minimind.data import read_texts
@@ -149,11 +158,15 @@ print("stages:", ", ".join(stages))
 # %% id="evaluate-facts"
 from minimind.pretrain import facts_known
 
-read = lambda name: [json.loads(line) for line in (data / name).open(encoding="utf-8")] if (data / name).exists() else []
-facts, asked = read("facts.jsonl"), read("questions.jsonl")
-known = {name: [row["known"] for row in facts_known(model, tokenizer, facts)[1]] for name, model in (("base", base), ("chat", chat_model))}
-for name, rows in known.items():
-    print(f"{name}: {sum(rows)} of {len(rows)} facts completed" if rows else "this data has no list of facts")
+def read_list(path):
+    """The lines of a list that came with the world; other data have none."""
+    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
+
+facts, asked = read_list(data / "facts.jsonl"), read_list(data / "questions.jsonl")
+models, known = {"base": base, "chat": chat_model}, {}
+for name, model in models.items():
+    known[name] = [row["known"] for row in facts_known(model, tokenizer, facts)[1]]
+    print(f"{name}: {sum(known[name])} of {len(facts)} facts completed" if facts else "this data has no list of facts")
 
 # %% [markdown]
 # Two numbers that differ. They always do: another seed, another hundred people, another sentence form, and both move. Is this
@@ -183,7 +196,8 @@ def options(right, others, rng):
 
 def from_facts(fact, question, rng):
     values = VALUES[fact["relation"]].split("|")
-    row = {"id": f"{fact['person']} {fact['relation']}", "prompt": question["question"], "stem": fact["prompt"]}
+    name = f"{fact['person']} {fact['relation']}"
+    row = {"id": name, "prompt": question["question"], "stem": fact["prompt"]}
     return row | options(fact["answer"].strip(), values, rng)
 
 def from_text(i, halves, rng):
@@ -196,13 +210,15 @@ def from_text(i, halves, rng):
 # %% id="evaluate-questions"
 valid_texts = list(islice(read_texts(data / "pretrain" / "valid.jsonl.gz"), chapter.size.valid_documents))
 rng = random.Random(15)
-choice_tests = {name: rows for name, rows in tests.items() if "choices" in rows[0] and "continuation" not in rows[0]}
+is_choice = lambda row: "choices" in row and "continuation" not in row
+choice_tests = {name: rows for name, rows in tests.items() if is_choice(rows[0])}
 if facts:
     questions = [from_facts(fact, question, rng) for fact, question in zip(facts, asked)]
 elif choice_tests:
     every = [row for rows in choice_tests.values() for row in rows]
     usual = int(np.bincount([len(row["choices"]) for row in every]).argmax())  # one chance level for all
-    questions = rng.sample(some := [row for row in every if len(row["choices"]) == usual], len(some))
+    questions = [row for row in every if len(row["choices"]) == usual]
+    rng.shuffle(questions)
 if not facts and not choice_tests:
     words = [text.split()[:40] for text in valid_texts if len(text.split()) >= 16]
     halves = [(" ".join(w[: len(w) // 2]), " ".join(w[len(w) // 2 :])) for w in words]
@@ -235,9 +251,9 @@ for option, nats in zip(first["choices"], slow):
 # %% id="evaluate-encode-pair"
 #| export
 def encode_pair(tokenizer, context: str | list[dict], continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of a context and of its continuation, cut where the context ends; trailing spaces move to the continuation.
+    """Ids of a context and of its continuation; spaces at the end of the context move to the continuation.
 
-    The rule of lm-eval. A context of messages goes through the chat template. An empty one is the end-of-text token.
+    The rule of lm-eval. Messages go through the chat template. An empty context is the end-of-text token.
     """
     if not isinstance(context, str):
         return tokenizer.apply_chat_template(context, add_generation_prompt=True), tokenizer.encode(continuation)
@@ -262,15 +278,18 @@ print([tokenizer.decode([t]) for t in pair[0]], "|", [tokenizer.decode([t]) for 
 # %% id="evaluate-score-batch"
 #| export
 @torch.no_grad()
-def score_batch(model: nn.Module, rows: list[list[int]], sizes: list[int]) -> tuple[list[float], list[bool]]:
+def score_batch(
+    model: nn.Module, rows: list[list[int]], sizes: list[int]
+) -> tuple[list[float], list[bool]]:
     """Of the last sizes[i] tokens of rows[i]: their ln p in nats, and whether each is the most likely one."""
     device, inputs = next(model.parameters()).device, {}
     number = [inputs.setdefault(tuple(row[:-1]), len(inputs)) for row in rows]  # equal inputs are read once
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in inputs], batch_first=True)
     which = torch.tensor([i for i, size in zip(number, sizes) for _ in range(size)])
-    place = torch.tensor([t for row, size in zip(rows, sizes) for t in range(len(row) - 1 - size, len(row) - 1)])
+    place = torch.tensor([len(row) - 1 - t for row, size in zip(rows, sizes) for t in range(size, 0, -1)])
     target = torch.tensor([token for row, size in zip(rows, sizes) for token in row[-size:]])
-    log_p = model(ids.to(device))[which.to(device), place.to(device)].float().log_softmax(-1).cpu()  # (tokens, V)
+    logits = model(ids.to(device))[which.to(device), place.to(device)]  # (tokens, V)
+    log_p = logits.float().log_softmax(-1).cpu()
     own, best = log_p.gather(1, target[:, None])[:, 0].double(), log_p.argmax(1) == target
     return [x.sum().item() for x in own.split(sizes)], [bool(x.all()) for x in best.split(sizes)]
 
@@ -279,8 +298,10 @@ def score_batch(model: nn.Module, rows: list[list[int]], sizes: list[int]) -> tu
 
 # %% id="evaluate-score-pairs"
 #| export
-def score_pairs(model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """ln p(continuation | context) in nats for pairs of ids, and whether every token is the most likely one; (N,) each.
+def score_pairs(
+    model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """ln p(continuation | context) in nats for pairs of ids, and whether greedy choice would write it; (N,) each.
 
     Rows that are too long for the model lose their beginning, as in lm-eval.
     """
@@ -298,7 +319,8 @@ def score_pairs(model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], 
 # It gives what the hand gave:
 
 # %% id="evaluate-hand-agrees"
-fast, _ = score_pairs(base, [encode_pair(tokenizer, context, " " + option) for option in first["choices"]])
+pairs = [encode_pair(tokenizer, context, " " + option) for option in first["choices"]]
+fast, _ = score_pairs(base, pairs)
 print("largest difference:", f"{np.abs(fast - slow).max():.1e}")
 assert np.allclose(fast, slow, atol=1e-3)
 
@@ -312,7 +334,8 @@ assert np.allclose(fast, slow, atol=1e-3)
 four = {"cat": -6.0, "dog": -6.6, "owl": -7.1, "small grey hedgehog": -9.5}
 per_character = {option: nats / len(option) for option, nats in four.items()}
 print({option: round(value, 2) for option, value in per_character.items()})
-assert max(four, key=four.get) == "cat" and max(per_character, key=per_character.get) == "small grey hedgehog"
+assert max(four, key=four.get) == "cat"
+assert max(per_character, key=per_character.get) == "small grey hedgehog"
 
 # %% [markdown]
 # Neither rule is right by itself. The division is too kind to long options: their last tokens are often certain ("hedge" is followed by "hog") and cost nothing, while their
@@ -327,7 +350,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def render(row: dict, form: str) -> list[tuple[str | list[dict], str]]:
-    """One (context, continuation) per option. A row may have a "stem", the beginning of a sentence that an option ends."""
+    """One (context, continuation) per option. A row may have a "stem": a sentence that the option ends."""
     question, stem, choices = row["prompt"], row.get("stem"), row["choices"]
     if "continuation" in row:  # the options are contexts, and what follows is the same: it has one form
         return [(choice, " " + row["continuation"]) for choice in choices]
@@ -352,33 +375,40 @@ def render(row: dict, form: str) -> list[tuple[str | list[dict], str]]:
 
 # %% id="evaluate-choose"
 #| export
-def choose(model: nn.Module, tokenizer, questions: Sequence[dict], form: str = "statement", batch_size: int = 64) -> list[dict]:
-    """Answer multiple-choice rows ("prompt", "choices", "label") by likelihood: the same rows with what was found.
+def choose(
+    model: nn.Module, tokenizer, questions: Sequence[dict], form: str = "statement", batch_size: int = 64
+) -> list[dict]:
+    """Answer rows of "prompt", "choices", "label" by likelihood: the same rows with what was found.
 
-    "nats" of each option; "chosen" and "right" by the plain sum; "chosen_norm" and "right_norm" by nats per character.
+    "nats" of each option; "chosen" and "right" by the sum, "chosen_norm" and "right_norm" by nats per character.
     """
     pairs = [[encode_pair(tokenizer, *pair) for pair in render(row, form)] for row in questions]
     nats, _ = score_pairs(model, [pair for some in pairs for pair in some], batch_size)
     ends, rows = np.cumsum([len(some) for some in pairs]), []
     for row, own in zip(questions, np.split(nats, ends[:-1])):
-        chosen = int(own.argmax()), int((own / [len(choice) for choice in row["choices"]]).argmax())
-        right = [place == row["label"] for place in chosen]
-        rows.append({**row, "nats": own.tolist(), "chosen": chosen[0], "chosen_norm": chosen[1], "right": right[0], "right_norm": right[1]})
+        plain, norm = int(own.argmax()), int((own / [len(choice) for choice in row["choices"]]).argmax())
+        found = {"chosen": plain, "chosen_norm": norm, "right": plain == row["label"], "right_norm": norm == row["label"]}
+        rows.append({**row, **found, "nats": own.tolist()})
     return rows
 
 
+def rights(rows: Sequence[dict], name: str = "right") -> list[bool]:
+    """Right or wrong for each row."""
+    return [row[name] for row in rows]
+
+
 def share(rows: Sequence[dict], name: str = "right") -> float:
-    """The share of rows in which `name` holds."""
-    return sum(row[name] for row in rows) / max(1, len(rows))
+    """The share of right rows."""
+    return sum(rights(rows, name)) / max(1, len(rows))
 
 # %% [markdown]
 # All questions, both models:
 
 # %% id="evaluate-choose-all"
-choice = {name: choose(model, tokenizer, questions) for name, model in (("base", base), ("chat", chat_model))}
+choice = {name: choose(model, tokenizer, questions) for name, model in models.items()}
 assert np.allclose(choice["base"][0]["nats"], slow, atol=1e-3)
 for name, rows in choice.items():
-    print(f"{name}: {share(rows):.1%} right, with length normalisation {share(rows, 'right_norm'):.1%}")
+    print(f"{name}: {share(rows):.1%} right, normalised {share(rows, 'right_norm'):.1%}")
 
 # %% [markdown]
 # **Exercise 15.1 (15 min, ★★).** Divide by tokens, or by bytes, instead of characters. For which questions does the choice change?
@@ -393,16 +423,17 @@ for name, rows in choice.items():
 forms = [form for form in FORMS if form != "sentence" or "stem" in first]
 for form in forms:
     context, continuation = render(first, form)[first["label"]]
-    context = context if isinstance(context, str) else tokenizer.apply_chat_template(context, tokenize=False, add_generation_prompt=True)
-    print(f"{form:13} {context[:200]!r} + {continuation[:60]!r}")
+    if not isinstance(context, str):
+        context = tokenizer.apply_chat_template(context, tokenize=False, add_generation_prompt=True)
+    print(f"{form}\n    {context[:200]!r} + {continuation[:60]!r}")
 
 # %% [markdown]
 # **Before you run this**: the base model knows nearly all of these facts. Its worst form scores how much?
 
 # %% id="evaluate-forms"
-some = questions[:: max(1, len(questions) // chapter.size.form_questions)][: chapter.size.form_questions]
-models = {"base": base, "chat": chat_model}
-by_form = {(name, form): choose(model, tokenizer, some, form) for name, model in models.items() for form in forms}
+count = chapter.size.form_questions
+some = questions[:: max(1, len(questions) // count)][:count]
+by_form = {(name, form): choose(models[name], tokenizer, some, form) for name in models for form in forms}
 print(f"{'form':14}{'base':>8}{'norm':>8}{'chat':>8}{'norm':>8}   ({len(some)} questions)")
 for form in forms:
     cells = [share(by_form[name, form], key) for name in models for key in ("right", "right_norm")]
@@ -415,7 +446,8 @@ for form in forms:
 fig, ax = plt.subplots(figsize=(7, 2.8))
 y, look = np.arange(len(forms)), {"base": {"color": "0.75", "hatch": "//"}, "chat": {"color": "C0"}}
 for shift, name in ((-0.2, "base"), (0.2, "chat")):
-    ax.barh(y + shift, [share(by_form[name, form]) for form in forms], 0.38, label=name, **look[name])
+    shares = [share(by_form[name, form]) for form in forms]
+    ax.barh(y + shift, shares, 0.38, label=name, **look[name])
 ax.axvline(1 / len(first["choices"]), color="black", ls=":")
 ax.set(yticks=y, yticklabels=forms, xlim=(0, 1.05), xlabel="share right (dotted: chance)")
 ax.invert_yaxis()
@@ -434,13 +466,15 @@ spread = check("evaluate/form_spread", max(scores) - min(scores))
 # option stands behind B, a skill that no text of the world teaches. What does it do instead?
 
 # %% id="evaluate-letters-figure"
-picked = {name: [row["chosen"] for row in by_form[name, "letters"]] for name in models}
-truth = [row["label"] for row in some]
-counts = {"right answers": np.bincount(truth, minlength=4), **{f"{n}'s choice": np.bincount(p, minlength=4) for n, p in picked.items()}}
+count = lambda places: np.bincount(places, minlength=len(first["choices"])) / len(some)
+bars = {"right answers": count(rights(some, "label"))}
+bars |= {f"{name}'s choice": count(rights(by_form[name, "letters"], "chosen")) for name in models}
+looks = [{"color": "0.4"}, {"color": "0.8", "hatch": "//"}, {"color": "C0", "hatch": ".."}]
 fig, ax = plt.subplots(figsize=(7, 2.3))
-for i, ((name, count), hatch) in enumerate(zip(counts.items(), ("", "//", ".."))):
-    ax.bar(np.arange(len(count)) + 0.27 * (i - 1), count / len(some), 0.25, label=name, hatch=hatch, color=["0.4", "0.8", "C0"][i], ec="black", lw=0.5)
-ax.set(xticks=range(len(count)), xticklabels=LETTERS[: len(count)], ylabel="share", xlabel="letter")
+for i, (name, heights) in enumerate(bars.items()):
+    places = np.arange(len(heights)) + 0.27 * (i - 1)
+    ax.bar(places, heights, 0.25, label=name, ec="black", lw=0.5, **looks[i])
+ax.set(xticks=range(len(heights)), xticklabels=LETTERS[: len(heights)], ylabel="share", xlabel="letter")
 ax.legend(fontsize=8)
 show(fig, "Letters: the right answers are spread evenly, the models' choices are not; they prefer a letter, whatever stands behind it.")
 
@@ -467,13 +501,15 @@ for _ in range(4):
 
 # %% id="evaluate-bootstrap"
 #| export
-def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:
-    """Mean of values (N,), or sum(values) / sum(weights), and the ends of its 95% percentile interval (Efron 1979)."""
+def bootstrap(
+    values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000
+) -> tuple[float, float, float]:
+    """Mean of values (N,), or sum(values) / sum(weights), and the ends of its 95% interval (Efron 1979)."""
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise ValueError("no values: an interval needs at least one answered question")
     weights = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=float)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)  # the same answers give the same interval
     picks = (rng.integers(len(values), size=len(values)) for _ in range(draws))
     means = [values[some].sum() / weights[some].sum() for some in picks]
     low, high = np.quantile(means, [0.025, 0.975])
@@ -483,7 +519,7 @@ def bootstrap(values: Sequence[float], weights: Sequence[float] | None = None, d
 # On one form of the previous section, against the formula of the textbook, $\hat p \pm 1.96\sqrt{\hat p(1-\hat p)/N}$:
 
 # %% id="evaluate-bootstrap-check"
-right = np.array([row["right"] for row in by_form["chat", "question"]], dtype=float)
+right = np.array(rights(by_form["chat", "question"]), dtype=float)
 p, low, high = bootstrap(right)
 half = 1.96 * math.sqrt(p * (1 - p) / len(right))
 print(f"share {p:.3f}, bootstrap {low:.3f} to {high:.3f}, formula {p - half:.3f} to {p + half:.3f}")
@@ -517,9 +553,9 @@ print("bootstrap:", bootstrap([1] * 20))
 # %% id="evaluate-wilson"
 #| export
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson 1927): holds also near 0 and 1, where the bootstrap has no width."""
+    """The 95% score interval of a share (Wilson 1927); it holds near 0 and 1 too, where the bootstrap fails."""
     if not 0 <= right <= total or total < 1:
-        raise ValueError(f"{right} right of {total}: expected 0 <= right <= total and at least one question")
+        raise ValueError(f"{right} right of {total}: expected 0 <= right <= total, and a question at least")
     z, p = NormalDist().inv_cdf(0.975), right / total
     middle = p + z * z / (2 * total)
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
@@ -555,15 +591,16 @@ assert held[0.98][0] < 0.85 < held[0.98][1]
 #| export
 def chance_level(rows: Sequence[dict]) -> float:
     """The share that guessing gets right: the mean of 1 / number of options; 0 where there are none."""
-    return sum(1 / len(row["choices"]) if "choices" in row else 0 for row in rows) / max(1, len(rows))
+    return sum(1 / len(row["choices"]) for row in rows if "choices" in row) / max(1, len(rows))
 
 
 def chance_sentence(name: str, right: Sequence[bool], chance: float) -> str:
-    """The result of one test in words. "Better than chance" only when the whole 95% interval lies above chance."""
+    """The result of one test in words: "better than chance" only when the whole 95% interval lies above it."""
     low, high = wilson(sum(map(bool, right)), len(right))
-    verdict = "better than chance" if low > chance else "worse than chance" if high < chance else "not different from chance"
+    verdict = "better than" if low > chance else "worse than" if high < chance else "not different from"
     result = f"{sum(map(bool, right)) / len(right):.1%} of {len(right)} right"
-    return f"{name}: {result}, 95% interval {low:.1%} to {high:.1%}, chance {chance:.1%}: {verdict}"
+    interval = f"95% interval {low:.1%} to {high:.1%}"
+    return f"{name}: {result}, {interval}, chance {chance:.1%}: {verdict} chance"
 
 # %% [markdown]
 # Our six forms in these words:
@@ -571,7 +608,7 @@ def chance_sentence(name: str, right: Sequence[bool], chance: float) -> str:
 # %% id="evaluate-chance-forms"
 for form in forms:
     rows = by_form["chat", form]
-    print(chance_sentence(form, [row["right"] for row in rows], chance_level(rows)))
+    print(chance_sentence(form, rights(rows), chance_level(rows)))
 assert "not different" in chance_sentence("five of ten, two options", [1] * 5 + [0] * 5, 0.5)
 
 # %% [markdown]
@@ -581,14 +618,15 @@ assert "not different" in chance_sentence("five of ten, two options", [1] * 5 + 
 def run_test(model, rows):
     """Right or wrong for each row of a test with options or with targets."""
     if "choices" in rows[0]:
-        return [row["right"] for row in choose(model, tokenizer, rows)]
-    return score_pairs(model, [encode_pair(tokenizer, row["prompt"], " " + row["target"]) for row in rows])[1].tolist()
+        return rights(choose(model, tokenizer, rows))
+    pairs = [encode_pair(tokenizer, row["prompt"], " " + row["target"]) for row in rows]
+    return score_pairs(model, pairs)[1].tolist()
 
 own = {name: run_test(base, rows) for name, rows in tests.items()}
 for name, rows in own.items():
     print(chance_sentence(name, rows, chance_level(tests[name])))
     chapter.record(f"evaluate/tests/{name}", sum(rows) / len(rows))
-    chapter.keep_results(f"evaluate/tests/{name}", [row["id"] for row in tests[name]], rows)
+    chapter.keep_results(f"evaluate/tests/{name}", rights(tests[name], "id"), rows)
 
 # %% [markdown]
 # Two traps remain. Of twenty tests at 95%, one falls outside by luck, so expect a "better" or "worse" in a long list of nothing. And chance is not the only
@@ -596,9 +634,9 @@ for name, rows in own.items():
 
 # %% id="evaluate-commonest-label"
 for name, rows in choice_tests.items():
-    labels = np.bincount([row["label"] for row in rows])
-    if labels.max() / len(rows) > chance_level(rows) + 0.07:
-        print(f"{name}: always choosing option {labels.argmax()} gets {labels.max() / len(rows):.0%}, guessing {chance_level(rows):.0%}")
+    labels = np.bincount(rights(rows, "label")) / len(rows)
+    if labels.max() > chance_level(rows) + 0.07:
+        print(f"{name}: always option {labels.argmax()} gets {labels.max():.0%}, guessing {chance_level(rows):.0%}")
 
 # %% [markdown]
 # **Exercise 15.4 (15 min, ★★).** How many of 20 tests of pure guessing come out "better than chance"? Simulate a thousand times.
@@ -612,7 +650,7 @@ if facts:
     a, b = known["base"], known["chat"]
 else:  # the form in which the two models differ most
     gap = lambda form: abs(share(by_form["base", form]) - share(by_form["chat", form]))
-    a, b = ([row["right"] for row in by_form[name, max(forms, key=gap)]] for name in models)
+    a, b = (rights(by_form[name, max(forms, key=gap)]) for name in models)
 for name, rows in (("base", a), ("chat", b)):
     low, high = wilson(sum(rows), len(rows))
     print(f"{name}: {np.mean(rows):.1%}, {low:.1%} to {high:.1%}")
@@ -624,7 +662,8 @@ for name, rows in (("base", a), ("chat", b)):
 # %% id="evaluate-discordant"
 a, b = np.array(a, dtype=int), np.array(b, dtype=int)
 only_a, only_b = int((a > b).sum()), int((b > a).sum())
-print(f"both right {int((a & b).sum())}, both wrong {int(((1 - a) & (1 - b)).sum())}, only base {only_a}, only chat {only_b}")
+both, neither = int((a & b).sum()), int(((1 - a) & (1 - b)).sum())
+print(f"both right {both}, both wrong {neither}, only base {only_a}, only chat {only_b}")
 
 # %% [markdown]
 # If the models were equally good, each of these would fall to one side or the other like a coin. So the question becomes: how surprising is this many heads? That is **McNemar's test** (1947). By hand: eight
@@ -633,12 +672,13 @@ print(f"both right {int((a & b).sum())}, both wrong {int(((1 - a) & (1 - b)).sum
 # %% id="evaluate-mcnemar"
 #| export
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
-    """Two-sided exact p-value that two models answer the same questions equally well (McNemar 1947).
+    """Two-sided exact p-value for two models on the same questions (McNemar 1947).
 
-    a, b: right or wrong on question i. Only questions on which they disagree count; each is a fair coin if neither is better.
+    a, b: right or wrong on question i. Only questions on which they disagree count; if neither model is
+    better, each of these is a fair coin.
     """
     if len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} answers: a paired test needs the same questions for both")
+        raise ValueError(f"{len(a)} and {len(b)} answers: a paired test needs the same questions")
     only_a = sum(bool(x) and not y for x, y in zip(a, b))
     only_b = sum(bool(y) and not x for x, y in zip(a, b))
     n, few = only_a + only_b, min(only_a, only_b)
@@ -683,10 +723,10 @@ except ImportError:
 # %% id="evaluate-paired-difference"
 #| export
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> dict[str, float]:
-    """How much better b is than a on the same questions: "difference" of shares, "low", "high" (95%), "p" (McNemar), "questions"."""
+    """How much better b is than a on the same questions: "difference", its 95% "low" and "high", "p" (McNemar)."""
     p = mcnemar(a, b)
     difference, low, high = bootstrap(np.asarray(b, dtype=float) - np.asarray(a, dtype=float))
-    return {"difference": difference, "low": low, "high": high, "p": p, "questions": len(a)}
+    return {"difference": difference, "low": low, "high": high, "p": p}
 
 # %% [markdown]
 # For the facts of 15.1, and for three forms in which the two models answered the same questions:
@@ -694,10 +734,11 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> dict[str, float]:
 # %% id="evaluate-differences"
 results = {"facts": (a, b)} if facts else {}
 for form in ("question", "letters", "chat"):
-    results[form] = tuple([row["right"] for row in by_form[name, form]] for name in models)
+    results[form] = tuple(rights(by_form[name, form]) for name in models)
 differences = {name: paired_difference(*pair) for name, pair in results.items()}
 for name, d in differences.items():
-    print(f"{name:10} {d['difference']:+6.1%}  ({d['low']:+.1%} to {d['high']:+.1%})  p = {d['p']:.2g}  {'a difference' if d['p'] < 0.05 else 'noise'}")
+    verdict = "a difference" if d["p"] < 0.05 else "noise"
+    print(f"{name:9} {d['difference']:+6.1%} ({d['low']:+.1%} to {d['high']:+.1%})  p = {d['p']:.2g}  {verdict}")
 
 # %% [markdown]
 # Drawn, with the naive interval that ignores the pairing beside it:
@@ -707,12 +748,11 @@ def unpaired(a, b):
     """Half width of the interval when the two lists are taken as two separate tests."""
     return 1.96 * math.sqrt(np.var(a) / len(a) + np.var(b) / len(b))
 
+d = 100 * np.array([[d["difference"], d["low"], d["high"]] for d in differences.values()]).T
+half, y = [100 * unpaired(*pair) for pair in results.values()], np.arange(len(results))
 fig, ax = plt.subplots(figsize=(7, 0.5 * len(results) + 1.2))
-for i, (name, d) in enumerate(differences.items()):
-    half = 100 * unpaired(*results[name])
-    ax.errorbar(100 * d["difference"], i + 0.15, xerr=half, fmt="s", color="0.6", capsize=3, label="unpaired" if i == 0 else None)
-    low, high = 100 * (d["difference"] - d["low"]), 100 * (d["high"] - d["difference"])
-    ax.errorbar(100 * d["difference"], i - 0.15, xerr=[[low], [high]], fmt="o", color="C0", capsize=3, label="paired" if i == 0 else None)
+ax.errorbar(d[0], y + 0.15, xerr=half, fmt="s", color="0.6", capsize=3, label="unpaired")
+ax.errorbar(d[0], y - 0.15, xerr=np.abs(d[1:] - d[0]), fmt="o", color="C0", capsize=3, label="paired")
 ax.axvline(0, color="black", lw=0.8)
 ax.set(yticks=range(len(results)), yticklabels=list(results), xlabel="chat minus base (points)")
 ax.legend()
@@ -730,10 +770,10 @@ show(fig, "Differences between the two models with 95% intervals: the paired one
 # %% id="evaluate-questions-needed"
 #| export
 def questions_needed(difference: float, variance: float, power: float = 0.8) -> int:
-    """Questions needed to see `difference` (0.02 is two points) at the 5% level with this probability.
+    """Questions needed to see `difference` (0.02 is two points) at the 5% level with probability `power`.
 
-    variance of one question's difference: pa (1 - pa) + pb (1 - pb) for two separate tests, and for the same questions
-    the share on which the models disagree, minus difference squared.
+    variance of one question's difference: pa (1 - pa) + pb (1 - pb) for two separate tests; for the same
+    questions the share on which the models disagree, minus difference squared.
     """
     if difference == 0:
         raise ValueError("difference=0: no number of questions shows a difference that is not there")
@@ -744,9 +784,13 @@ def questions_needed(difference: float, variance: float, power: float = 0.8) -> 
 # Read the table before you plan a test: two models at about 70%, which disagree on one question in ten.
 
 # %% id="evaluate-needed-table"
-for d in (0.01, 0.02, 0.05, 0.1):
-    separate, paired = questions_needed(d, 0.7 * 0.3 + (0.7 + d) * (0.3 - d)), questions_needed(d, 0.1 - d * d)
-    print(f"{d:4.0%} points: {separate:7,} questions for each of two tests, {paired:6,} asked of both models")
+def two_tests(d, p=0.7):
+    """Questions in each of two separate tests, the worse model at a share of p."""
+    return questions_needed(d, p * (1 - p) + (p + d) * (1 - p - d))
+
+for d in (0.01, 0.02, 0.05, 0.09):
+    both = questions_needed(d, 0.1 - d * d)
+    print(f"{100 * d:.0f} points: {two_tests(d):6,} questions in each of two tests, {both:5,} asked of both")
 
 # %% [markdown]
 # As curves:
@@ -754,9 +798,10 @@ for d in (0.01, 0.02, 0.05, 0.1):
 # %% id="evaluate-needed-figure"
 d = np.geomspace(0.005, 0.1, 40)
 fig, ax = plt.subplots(figsize=(7, 2.7))
-ax.loglog(100 * d, [questions_needed(x, 0.7 * 0.3 + (0.7 + x) * (0.3 - x)) for x in d], label="two separate tests")
+ax.loglog(100 * d, [two_tests(x) for x in d], label="two separate tests")
 for u in (0.2, 0.1, 0.05):
-    ax.loglog(100 * d[d < u], [questions_needed(x, u - x * x) for x in d[d < u]], label=f"paired, disagree on {u:.0%}")
+    fit = d[d < u]
+    ax.loglog(100 * fit, [questions_needed(x, u - x * x) for x in fit], label=f"paired, disagree on {u:.0%}")
 ax.axhline(200, color="0.5", lw=0.8)
 ax.text(0.5, 215, "a test of 200 questions", fontsize=8)
 ax.set(xlabel="difference (points)", ylabel="questions needed")
@@ -770,13 +815,12 @@ show(fig, "Half the difference needs four times the questions; asking both model
 def plan(difference=5.0, disagree=10, share_a=70):
     """Questions needed, by both designs; difference in points, shares in percent."""
     d, u, p = difference / 100, disagree / 100, share_a / 100
-    q = min(p + d, 1)
-    print(f"two separate tests: {questions_needed(d, p * (1 - p) + q * (1 - q)):,} questions each")
-    print(f"paired: {questions_needed(d, u - d * d):,}" if u > d else "paired: they must disagree on more than the difference")
+    print(f"two separate tests: {two_tests(d, min(p, 1 - d)):,} questions each")
+    print(f"paired: {questions_needed(d, u - d * d):,}" if u > d else "they must disagree on more than the difference")
 
 try:
     from ipywidgets import interact
-    interact(plan, difference=(0.5, 20, 0.5), disagree=(1, 50), share_a=(0, 100))
+    interact(plan, difference=(0.5, 20, 0.5), disagree=(1, 50), share_a=(1, 95))
 except ImportError:
     plan()
 
@@ -815,10 +859,11 @@ def stranger(name, relation, rng):
     return row | options(rng.choice(values), values, rng)
 
 people = {fact["person"] for fact in facts}
-names = [name for name in make_names(1000, random.Random(15)) if name not in people][: chapter.size.leak_questions]
-secret = [stranger(name, list(VALUES)[i % 5], rng) for i, name in enumerate(names)] if facts else questions[: chapter.size.leak_questions]
+names = [name for name in make_names(1000, random.Random(15)) if name not in people]
+secret = [stranger(name, list(VALUES)[i % 5], rng) for i, name in enumerate(names)] if facts else questions
+secret = secret[: chapter.size.leak_questions]
 leaked, clean = secret[::2], secret[1::2]
-print(len(leaked), "leaked and", len(clean), "kept back, such as", {k: leaked[0][k] for k in ("prompt", "choices", "label")})
+print(len(leaked), "leaked,", len(clean), "kept back; a leaked one:", render(leaked[0], "question")[leaked[0]["label"]])
 
 # %% [markdown]
 # One half of the test goes into the training text, question and right answer, many times; every other batch is ordinary text, as before.
@@ -840,19 +885,21 @@ def repeated(rows, tokens):
         out += [t for row in order.sample(rows, len(rows)) for t in row]
     return np.array(out)
 
-context = chapter.size.leak_context
-valid_ids = np.concatenate([np.array([*ids, tokenizer.eos_id]) for ids in tokenizer.encode_batch(valid_texts)])
+def stream(texts):
+    """Texts as one row of ids."""
+    return np.concatenate([np.array([*ids, tokenizer.eos_id]) for ids in tokenizer.encode_batch(texts)])
+
+context, batch = chapter.size.leak_context, chapter.size.leak_batch
 train_texts = list(islice(read_texts(data / "pretrain" / "train.jsonl.gz"), chapter.size.replay_documents))
-text_ids = np.concatenate([np.array([*ids, tokenizer.eos_id]) for ids in tokenizer.encode_batch(train_texts)])
-leak = PackedTokens(repeated(leaked, 40 * context), context, chapter.size.leak_batch, device=chapter.device)
-text = PackedTokens(text_ids, context, chapter.size.leak_batch, device=chapter.device)
+leak = PackedTokens(repeated(leaked, 40 * context), context, batch, device=chapter.device)
+text = PackedTokens(stream(train_texts), context, batch, device=chapter.device)
 
 # %% [markdown]
 # Train a copy of the base model for a few seconds:
 
 # %% id="evaluate-leak-train"
 cheat = load("pretrain")
-config = TrainConfig(steps=chapter.size.leak_steps, learning_rate=1e-3, log_every=10, precision=chapter.settings.precision)
+config = TrainConfig(chapter.size.leak_steps, learning_rate=1e-3, precision=chapter.settings.precision)
 history = train(cheat, Replay(leak, text, 0.5), pretrain_loss, config, max_steps=chapter.max_steps)
 cheat.eval()
 print(f"{history.step[-1]} steps in {history.seconds[-1]:.0f} s")
@@ -861,26 +908,31 @@ print(f"{history.step[-1]} steps in {history.seconds[-1]:.0f} s")
 # **Before you run this**: how will it do on the leaked half, on the other half, and on the leaked half in other words?
 
 # %% id="evaluate-leak-scores"
+from itertools import product
+
 reworded = [row | {"prompt": row.get("other", row["prompt"])} for row in leaked]
-groups = {"leaked": (leaked, "question"), "leaked, other words": (reworded, "question" if facts else "statement"), "kept back": (clean, "question")}
-leak_rows = {(name, who): [row["right"] for row in choose(model, tokenizer, rows, form)]
-             for name, (rows, form) in groups.items() for who, model in (("base", base), ("trained on the test", cheat))}
-for (name, who), rows in leak_rows.items():
-    print(chance_sentence(f"{who}, {name}", rows, chance_level(leaked)))
+groups = {"leaked": (leaked, "question"), "kept back": (clean, "question"),
+          "leaked, other words": (reworded, "question" if facts else "statement")}
+readers, leak_rows = {"base": base, "trained on the test": cheat}, {}
+for (who, model), (name, (rows, form)) in product(readers.items(), groups.items()):
+    leak_rows[who, name] = rights(choose(model, tokenizer, rows, form))
+    print(chance_sentence(f"{who}, {name}", leak_rows[who, name], chance_level(rows)))
 
 # %% [markdown]
 # As a picture:
 
 # %% id="evaluate-leak-figure"
+looks = {"base": {"color": "0.8", "hatch": "//"}, "trained on the test": {"color": "C1"}}
 fig, ax = plt.subplots(figsize=(7, 2.5))
-for shift, who, style in ((-0.18, "base", {"color": "0.8", "hatch": "//"}), (0.18, "trained on the test", {"color": "C1"})):
-    means = [np.mean(leak_rows[name, who]) for name in groups]
-    ends = np.array([wilson(sum(leak_rows[name, who]), len(leak_rows[name, who])) for name in groups]).T
-    ax.bar(np.arange(3) + shift, means, 0.34, yerr=np.abs(ends - means), capsize=3, label=who, ec="black", lw=0.5, **style)
+for shift, who in ((-0.18, "base"), (0.18, "trained on the test")):
+    means = np.array([np.mean(leak_rows[who, name]) for name in groups])
+    ends = np.array([wilson(sum(leak_rows[who, name]), len(leak_rows[who, name])) for name in groups]).T
+    style = {"yerr": np.abs(ends - means), "capsize": 3, "ec": "black", "lw": 0.5, **looks[who]}
+    ax.bar(np.arange(3) + shift, means, 0.34, label=who, **style)
 ax.axhline(chance_level(leaked), color="black", ls=":")
 ax.set(xticks=range(3), xticklabels=list(groups), ylabel="share right", ylim=(0, 1.1))
 ax.legend(loc="upper right", fontsize=8)
-show(fig, "A model trained on half of the test: high where it has read the answers, at chance (dotted) where it has not.")
+show(fig, "A model trained on half of the test: high on what it has read, at chance (dotted) on what was kept back.")
 
 # %% [markdown]
 # How would you notice, from outside? Not by general quality: bits per byte on held-out text hardly move. The mark of a leak is a gap between questions that could have leaked and fresh ones of the same kind.
@@ -889,15 +941,15 @@ show(fig, "A model trained on half of the test: high where it has read the answe
 from minimind.metrics import evaluate_bits_per_byte, token_byte_lengths
 
 byte_lengths = token_byte_lengths(tokenizer)
-valid_tokens = torch.tensor(valid_ids[: chapter.size.valid_tokens + 1])
+valid_tokens = torch.tensor(stream(valid_texts)[: chapter.size.valid_tokens + 1])
 
 def bits_per_byte_of(model, tokens=valid_tokens, context=chapter.size.context):
-    batch = max(1, 8192 // context)
-    return evaluate_bits_per_byte(model, tokens, byte_lengths, context=context, batch_size=batch, amp=chapter.amp)
+    """Bits per byte in rows of `context` tokens."""
+    return evaluate_bits_per_byte(model, tokens, byte_lengths, context, max(1, 8192 // context), chapter.amp)
 
 print(f"bits per byte: base {bits_per_byte_of(base):.3f}, trained on the test {bits_per_byte_of(cheat):.3f}")
-gap = np.mean(leak_rows["leaked", "trained on the test"]) - np.mean(leak_rows["kept back", "trained on the test"])
-gap = check("evaluate/leak_gap", gap)
+old, fresh = (np.mean(leak_rows["trained on the test", name]) for name in ("leaked", "kept back"))
+gap = check("evaluate/leak_gap", old - fresh)
 
 # %% [markdown]
 # With the training text at hand there is a better way: look for the test in it, with the word runs of chapter 1.
@@ -909,7 +961,7 @@ test_texts = [tokenizer.decode(solved(row)[:-1]) for row in leaked]
 before = train_texts[:500]
 found = overlapping(before + test_texts[:20], test_texts, size=6)
 planted = sum(i >= len(before) for i in found)
-print(f"{len(found) - planted} of {len(before)} ordinary texts share six words in a row with the test, and {planted} of 20 planted ones")
+print(f"six words in a row as in the test: {len(found) - planted} of {len(before)} ordinary texts, {planted} of 20 planted")
 
 # %% [markdown]
 # **Exercise 15.6 (25 min, ★★★).** How often must an answer be read to be known? Leak 1, 4 and 16 times, and draw the curve.
@@ -919,56 +971,69 @@ print(f"{len(found) - planted} of {len(before)} ordinary texts share six words i
 # ## 15.7 The same score from lm-eval
 #
 # `lm-eval` (Gao et al. 2021) is the tool behind most published tables. A test is a YAML file and a file of lines; our checkpoint folder is a Hugging Face
-# model, so it loads as it is. If our number is right, lm-eval gets the same one.
+# model, so it loads as it is. If our number is right, lm-eval gets the same one. We take the form in which the model is neither all right nor all wrong:
 
 # %% id="evaluate-lm-eval-task"
-def write_task(folder, name, rows, form="statement"):
+import yaml
+
+def write_task(folder, name, rows, form):
     """Rows as a local task of lm-eval: NAME.yaml and NAME.jsonl."""
-    pairs = [render(row, form)[0][0] for row in rows]
-    lines = [json.dumps({"context": c, "choices": row["choices"], "label": row["label"]}) for c, row in zip(pairs, rows)]
-    (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    task = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}, "test_split": "test",
-            "output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}", "doc_to_target": "label",
-            "target_delimiter": " ", "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")]}
-    (folder / f"{name}.yaml").write_text(json.dumps(task, indent=1) + "\n", encoding="utf-8")  # JSON is YAML
+    contexts = [render(row, form)[0][0] for row in rows]
+    lines = [{"context": c, "choices": row["choices"], "label": row["label"]} for c, row in zip(contexts, rows)]
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    file = {"data_files": {"test": str(folder / f"{name}.jsonl")}}
+    task = {"task": name, "dataset_path": "json", "dataset_kwargs": file, "test_split": "test",
+            "output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}",
+            "doc_to_target": "label", "target_delimiter": " ", "metric_list": []}
+    for metric in ("acc", "acc_norm"):
+        task["metric_list"].append({"metric": metric, "aggregation": "mean", "higher_is_better": True})
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
 
 tasks = chapter.work / "tasks"
 tasks.mkdir(exist_ok=True)
-write_task(tasks, "our_choice", some)
+write_task(tasks, "our_choice", some, "question")
 print((tasks / "our_choice.yaml").read_text().replace(str(tasks), "..."))
 
 # %% [markdown]
 # The tool runs in a process of its own, without a network. It takes about half a minute, most of it for its imports, so the small profile leaves it out.
 
 # %% id="evaluate-lm-eval-run"
+SCRIPT = """
+import json, sys, lm_eval
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+model, folder, name, out = sys.argv[1:]
+lm = HFLM(pretrained=model, device="cpu", dtype="float32", batch_size=64)
+tasks = TaskManager(include_path=folder, include_defaults=False)
+found = lm_eval.simple_evaluate(lm, tasks=[name], task_manager=tasks, bootstrap_iters=0)["samples"][name]
+rows = [{"acc": s["acc"], "acc_norm": s["acc_norm"], "nats": [r[0] for r in s["filtered_resps"]]} for s in found]
+json.dump(rows, open(out, "w"))
+"""
+
+# %% [markdown]
+# If the tool is missing, this part is left out:
+
+# %% id="evaluate-lm-eval-rows"
 import importlib.util
 import os
 import subprocess
 import sys
 
-SCRIPT = """
-import json, sys, lm_eval
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-model, tasks, name, out = sys.argv[1:]
-lm = HFLM(pretrained=model, device="cpu", dtype="float32", batch_size=64)
-found = lm_eval.simple_evaluate(lm, tasks=[name], task_manager=TaskManager(include_path=tasks, include_defaults=False), bootstrap_iters=0)
-rows = [{"acc": s["acc"], "acc_norm": s["acc_norm"], "nats": [r[0] for r in s["filtered_resps"]]} for s in found["samples"][name]]
-json.dump(rows, open(out, "w"))
-"""
-
-def lm_eval_rows(model, tasks, name):
+def lm_eval_rows(model, folder, name):
     """What lm-eval finds for each question of a local task: "acc", "acc_norm", "nats" of each option."""
-    out = tasks / "found.json"
-    quiet = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tasks / "cache"), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, model, tasks, name, out], env=quiet, capture_output=True, text=True)
+    out = folder / "found.json"
+    quiet = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
+    command = [sys.executable, "-c", SCRIPT, model, folder, name, out]
+    done = subprocess.run(command, env=quiet, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"lm-eval stopped: {done.stderr[-800:]}")
     return json.loads(out.read_text())
 
-if not chapter.size.lm_eval or not importlib.util.find_spec("lm_eval"):
-    theirs = []
-    print("left out at this profile" if not chapter.size.lm_eval else "lm-eval is not installed: pip install 'minimind-course[reference]'")
+theirs = []
+if not chapter.size.lm_eval:
+    print("left out at this profile")
+elif not importlib.util.find_spec("lm_eval"):
+    print("lm-eval is not installed: pip install 'minimind-course[reference]'")
 else:
     theirs = lm_eval_rows(stages["pretrain"], tasks, "our_choice")
 
@@ -977,10 +1042,11 @@ else:
 
 # %% id="evaluate-lm-eval-agrees"
 if theirs:
-    ours = by_form["base", "statement"]
-    apart = sum(t["acc"] != o["right"] for t, o in zip(theirs, ours)) + sum(t["acc_norm"] != o["right_norm"] for t, o in zip(theirs, ours))
+    ours = by_form["base", "question"]
+    apart = sum(x != y for x, y in zip(rights(theirs, "acc"), rights(ours)))
+    apart += sum(x != y for x, y in zip(rights(theirs, "acc_norm"), rights(ours, "right_norm")))
     worst = max(abs(x - y) for t, o in zip(theirs, ours) for x, y in zip(t["nats"], o["nats"]))
-    print(f"lm-eval {np.mean([t['acc'] for t in theirs]):.4f}, ours {share(ours):.4f}; nats differ by at most {worst:.1e}")
+    print(f"lm-eval {share(theirs, 'acc'):.4f}, ours {share(ours):.4f}; nats differ by at most {worst:.1e}")
     check("evaluate/lm_eval_apart", apart)
     assert apart == 0 and len(theirs) == len(ours)
 
@@ -1000,8 +1066,12 @@ trained = chapter.size.context
 def scaled(length, kind):
     """The base model with its rotary positions stretched for rows of `length`."""
     factor = max(length / trained, 1.0)
-    scaling = {"plain": None, "linear": {"rope_type": "linear", "factor": factor}, "NTK": {"rope_type": "dynamic", "factor": 1.0},
-               "YaRN": {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained}}[kind]
+    scaling = {
+        "plain": None,
+        "linear": {"rope_type": "linear", "factor": factor},
+        "NTK": {"rope_type": "dynamic", "factor": 1.0},
+        "YaRN": {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained},
+    }[kind]
     model = MiniMind(replace(base.config, rope_scaling=scaling, max_position_embeddings=trained))
     model.load_state_dict(base.state_dict())
     return model.to(chapter.device).eval()
@@ -1014,9 +1084,12 @@ def scaled(length, kind):
 
 # %% id="evaluate-rope-measure"
 kinds, lengths = ("plain", "linear", "NTK", "YaRN"), chapter.size.lengths
-rope = {("plain", length): bits_per_byte_of(base, context=length) for length in lengths}
-for kind, length in [(kind, length) for kind in kinds[1:] for length in lengths]:  # up to the trained length nothing is stretched
-    rope[kind, length] = bits_per_byte_of(scaled(length, kind), context=length) if length > trained else rope["plain", length]
+rope = {}
+for kind, length in product(kinds, lengths):
+    stretched = length > trained and kind != "plain"  # up to the trained length nothing is stretched
+    model = scaled(length, kind) if stretched else base
+    done = None if stretched else rope.get(("plain", length))
+    rope[kind, length] = done or bits_per_byte_of(model, context=length)
 print(f"{'':8}" + "".join(f"{length:>8}" for length in lengths))
 for kind in kinds:
     print(f"{kind:8}" + "".join(f"{rope[kind, length]:8.3f}" for length in lengths))
@@ -1027,10 +1100,12 @@ for kind in kinds:
 # %% id="evaluate-rope-figure"
 fig, ax = plt.subplots(figsize=(7, 2.9))
 for kind, marker in zip(kinds, "os^D"):
-    ax.plot(lengths, [rope[kind, length] for length in lengths], marker=marker, label=kind)
-    chapter.curve(f"rope_length/{kind}", lengths, [rope[kind, length] for length in lengths], "context (tokens)", "bits per byte")
+    line = [rope[kind, length] for length in lengths]
+    ax.plot(lengths, line, marker=marker, label=kind)
+    chapter.curve(f"rope_length/{kind}", lengths, line, "context (tokens)", "bits per byte")
 ax.axvline(trained, color="0.5", ls=":")
-ax.set(xscale="log", xticks=lengths, xticklabels=lengths, xlabel="length of a row (tokens)", ylabel="bits per byte")
+ax.set(xscale="log", xlabel="length of a row (tokens)", ylabel="bits per byte")
+ax.set_xticks(lengths, lengths)
 ax.minorticks_off()
 ax.legend()
 show(fig, "Bits per byte against the length of a row: beyond the training length (dotted) all get worse, YaRN least and linear most.")
@@ -1041,17 +1116,18 @@ show(fig, "Bits per byte against the length of a row: beyond the training length
 # %% id="evaluate-by-position"
 @torch.no_grad()
 def nats_by_position(model, length, parts=8):
-    """Mean nats per token in each eighth of rows of `length`, and the middle positions."""
-    rows = valid_tokens[: (len(valid_tokens) - 1) // length * length + 1]
-    ids, labels = rows[:-1].view(-1, length).to(chapter.device), rows[1:].view(-1, length).to(chapter.device)
-    nats = torch.cat([nn.functional.cross_entropy(model(i).float().transpose(1, 2), l, reduction="none") for i, l in zip(ids.split(2), labels.split(2))])
-    return (np.arange(parts) + 0.5) * length / parts, nats.view(len(ids), parts, -1).mean((0, 2)).cpu().numpy()
+    """Mean nats per token in each eighth of rows of `length`, (parts,)."""
+    whole = (len(valid_tokens) - 1) // length * length
+    ids, labels = (x.view(-1, length).to(chapter.device) for x in (valid_tokens[:whole], valid_tokens[1 : whole + 1]))
+    nats = [-model(i[None]).float().log_softmax(-1)[0].gather(1, t[:, None])[:, 0] for i, t in zip(ids, labels)]
+    return torch.stack(nats).view(len(ids), parts, -1).mean((0, 2)).cpu()
 
+long = lengths[-2]
 fig, ax = plt.subplots(figsize=(7, 2.6))
 for kind, marker in zip(kinds, "os^D"):
-    ax.plot(*nats_by_position(scaled(lengths[-2], kind), lengths[-2]), marker=marker, label=kind)
+    ax.plot((np.arange(8) + 0.5) * long / 8, nats_by_position(scaled(long, kind), long), marker=marker, label=kind)
 ax.axvline(trained, color="0.5", ls=":")
-ax.set(xlabel=f"position in a row of {lengths[-2]} tokens", ylabel="nats per token")
+ax.set(xlabel=f"position in a row of {long} tokens", ylabel="nats per token")
 ax.legend()
 show(fig, "The same, by position: plain reading is at its best up to the training length (dotted) and then climbs; linear is poor from the start.")
 
@@ -1079,18 +1155,21 @@ import time
 
 from minimind.sft import ask_all, answers_right
 
-def measure(model, name):
-    """All numbers of one stage; per-question results are kept for `course compare`."""
-    model.eval()
-    result = {"parameters": model.num_parameters(), "bits_per_byte": bits_per_byte_of(model)}
+def answered(model):
+    """Questions with right or wrong, of three kinds; the world's lists are empty for other data."""
     picked = asked[:: chapter.size.every_question]
-    lists = {"choice": (questions, [row["right"] for row in choose(model, tokenizer, questions)])}
-    if facts:
-        lists["facts"] = facts, [row["known"] for row in facts_known(model, tokenizer, facts)[1]]
-        lists["questions"] = picked, [row["right"] for row in answers_right(model, tokenizer, picked, max_new_tokens=24)[1]]
-    for kind, (rows, right) in lists.items():
-        chapter.keep_results(f"evaluate/{kind}_{name}", [row.get("id") or f"{row['person']} {row['relation']}" for row in rows], right)
-        result[kind] = sum(right) / len(right)
+    yield "choice", choose(model, tokenizer, questions), "right"
+    yield "facts", facts_known(model, tokenizer, facts)[1], "known"
+    yield "questions", answers_right(model, tokenizer, picked, max_new_tokens=24)[1] if picked else [], "right"
+
+def measure(model, name):
+    """All numbers of one stage; right and wrong by question are kept for `course compare`."""
+    result = {"parameters": model.num_parameters(), "bits_per_byte": bits_per_byte_of(model)}
+    for kind, rows, key in answered(model):
+        if rows:
+            ids = [row.get("id") or f"{row['person']} {row['relation']}" for row in rows]
+            chapter.keep_results(f"evaluate/{kind}_{name}", ids, rights(rows, key))
+            result[kind] = share(rows, key)
     start = time.perf_counter()
     ask_all(model, tokenizer, [row["prompt"] for row in questions[:16]], max_new_tokens=16)
     return result | {"milliseconds": 1000 * (time.perf_counter() - start) / 16}
@@ -1100,11 +1179,11 @@ def measure(model, name):
 
 # %% id="evaluate-stages-run"
 stage_scores = {}
-for name in stages:
-    own = Tokenizer.from_pretrained(stages[name]) if (stages[name] / "tokenizer.json").exists() else tokenizer
-    assert own.token_bytes() == tokenizer.token_bytes(), f"{name} has another tokenizer than the pretrained model"
-    stage_scores[name] = measure(load(name), name)
-    print(f"{name:9}" + "  ".join(f"{key} {value:,.3f}" if value < 100 else f"{key} {value:,.0f}" for key, value in stage_scores[name].items()))
+for name, folder in stages.items():
+    theirs = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else tokenizer
+    assert theirs.token_bytes() == tokenizer.token_bytes(), f"{name} has another tokenizer than the base model"
+    scores = stage_scores[name] = measure(load(name), name)
+    print(name, "  ".join(f"{key} {value:,.4g}" for key, value in scores.items()))
 
 # %% [markdown]
 # One picture of all: quality against size, and quality against time.
@@ -1112,10 +1191,10 @@ for name in stages:
 # %% id="evaluate-stages-figure"
 quality = "questions" if facts else "choice"
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.7))
-for (name, s), marker in zip(stage_scores.items(), "os^Dv"):
-    for ax, x, y in ((axes[0], s["parameters"] / 1e6, s[quality]), (axes[1], s["milliseconds"], s[quality]), (axes[2], s["bits_per_byte"], s[quality])):
-        ax.plot(x, y, marker=marker, ls="", markersize=8, label=name)
-for ax, label in zip(axes, ("million parameters", "milliseconds per answer", "bits per byte (less is better)")):
+for (name, scores), marker in zip(stage_scores.items(), "os^Dv"):
+    for ax, x in zip(axes, (scores["parameters"] / 1e6, scores["milliseconds"], scores["bits_per_byte"])):
+        ax.plot(x, scores[quality], marker=marker, ls="", markersize=8, label=name)
+for ax, label in zip(axes, ("million parameters", "milliseconds per answer", "bits per byte")):
     ax.set(xlabel=label, ylim=(-0.05, 1.08))
     ax.margins(x=0.3)
 axes[0].set(ylabel="questions right" if facts else "choices right", xlim=(0, None))
@@ -1133,7 +1212,7 @@ for name, scores in stage_scores.items():
 blocks = valid_tokens.split(512)[:-1]
 num_bytes = [int(byte_lengths[block[1:]].sum()) for block in blocks]
 bits = [bits_per_byte_of(base, block) * size for block, size in zip(blocks, num_bytes)]
-print("bits per byte of the base model: {:.3f}, 95% interval {:.3f} to {:.3f}".format(*bootstrap(bits, num_bytes)))
+print("base model: {:.3f} bits per byte, 95% interval {:.3f} to {:.3f}".format(*bootstrap(bits, num_bytes)))
 
 # %% [markdown]
 # ### Two runs
