@@ -210,6 +210,7 @@ def test_an_interval_that_holds_chance_is_never_called_better():
 def test_the_sentence_says_what_was_measured():
     text = chance_sentence("arc_easy", [1] * 55 + [0] * 145, 0.25)
     assert text == "arc_easy: 27.5% of 200 right, 95% interval 21.8% to 34.1%, chance 25.0%: not different from chance"
+    assert "not different" in chance_sentence("none of 60 targets", [0] * 60, 0.0), "rounding must not lift nothing above nothing"
     assert chance_level([{"choices": ["a", "b"]}, {"choices": ["a", "b", "c", "d"]}]) == 0.375 and chance_level([{"target": "a"}]) == 0
 
 
