@@ -12,6 +12,7 @@ COMMANDS = {  # each is a module course/NAME.py with add_arguments(parser) and m
     "run": "run the chapters in order and write a report",
     "build": "make the notebooks, the package and the sample data from the sources",
     "data": "list, download and check public data sets",
+    "compare": "set two or more runs side by side: differences, intervals, noise",
     "ship": "copy the small checkpoints of a run to data/checkpoints",
     "bench": "our training loop beside the plain loop and Hugging Face Trainer",
 }

@@ -118,6 +118,16 @@ class Chapter:
         """Keep what the model answered after `stage` ("pretrain", "sft"), for the report."""
         artifacts.update_json(self.run / "answers.json", lambda answers: answers.setdefault(stage, {}).update({question: str(answer)}))
 
+    def keep_results(self, name: str, questions: Sequence[str], right: Sequence[float]) -> None:
+        """Keep the result of each question (0 or 1) in results.json, so that `course compare` can pair two runs question by question.
+
+        `questions` names each of them, the same in every run: only equal names are compared.
+        """
+        if len(questions) != len(right) or len(set(questions)) != len(questions):
+            raise ValueError(f"results {name!r}: {len(set(questions))} different names for {len(right)} results; each question needs its own")
+        kept = {str(question): int(result) for question, result in zip(questions, right, strict=True)}
+        artifacts.update_json(self.run / "results.json", lambda results: results.update({name: kept}))
+
     # -- artifacts
 
     @contextmanager
@@ -142,8 +152,23 @@ class Chapter:
             raise FileNotFoundError(f"there is no finished artifact {name!r} in {searched}; `{command}` makes it")
         if not folder.is_relative_to(self.run):
             print(f"{name} comes from {self._shown(folder)}")
-        self._origin = artifacts.about(folder) or {"data": "world", "world": load("cpu", self.root).world}  # what ships is made at cpu
+        self._origin = self._about(folder)
         return folder
+
+    def stages(self) -> dict[str, Path]:
+        """The finished models by stage: the pretrained one, and every later one that there is of the same text."""
+        found = {"pretrain": self.read("pretrain")}
+        origin = self._origin
+        for name in ("sft", "lora", "dpo", "distill"):
+            about = self._about(folder) if (folder := self._find(name)) else {}
+            same_text = about.get("data") == origin.get("data") and (about.get("data") != "world" or about.get("world") == origin.get("world"))
+            if same_text and (folder / "model.safetensors").is_file():
+                found[name] = self.read(name)
+        self._origin = origin
+        return found
+
+    def _about(self, folder: Path) -> dict:
+        return artifacts.about(folder) or {"data": "world", "world": load("cpu", self.root).world}  # what ships is made at cpu
 
     @property
     def work(self) -> Path:
