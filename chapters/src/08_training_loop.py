@@ -524,10 +524,10 @@ fig, ax = plt.subplots(figsize=(7, 2.8))
 for scale, style in ((1, "-"), (2**16, "--")):
     powers = (sizes * scale).clamp(min=1e-16).log10().numpy()
     ax.hist(powers, 80, histtype="step", ls=style, label=f"loss times {scale:,}")
-ax.axvspan(math.log10(6e-8), math.log10(65504), color="0.88", label="range of float16")
+ax.axvspan(math.log10(6e-8), math.log10(65504), color="0.88")
 ax.set(xlabel="size of a gradient at the logits (power of ten)", ylabel="count")
 ax.legend()
-show(fig, "Left of the grey range a gradient becomes zero in float16: "
+show(fig, "Grey is what float16 can hold; left of it a gradient becomes zero: "
           f"{lost:.0%} of them as they are, {1 - kept:.0%} after scaling.")
 
 # %% [markdown]
