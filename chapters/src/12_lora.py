@@ -976,7 +976,8 @@ if peft:
         warnings.simplefilter("ignore")  # about names that transformers 6 will change
         difference = largest_difference(peft.PeftModel.from_pretrained(hugging_face_model(), saved), again)
     print(f"saved here, loaded by peft: largest difference of a logit {difference:.1e}")
-    check("lora/peft_difference", difference)
+    chapter.record("lora/peft_difference", difference)
+    assert difference < 1e-4
 
 # %% [markdown]
 # Then the other way round: an adapter made by `peft`, with random numbers in both matrices, read by us.
