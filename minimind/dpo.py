@@ -146,7 +146,7 @@ def read_pairs(
 
 # %% ../chapters/13_dpo.ipynb #dpo-padded
 def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """Rows of unequal length as one tensor (B, T), filled up on the right with `value`."""
+    """Rows of unequal length as one tensor (B, T), `value` added on the right."""
     rows = [torch.tensor(row) for row in rows]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 

@@ -479,11 +479,11 @@ def answer_logprobs(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor
 # They agree:
 
 # %% id="dpo-logprob-agrees"
-def logprob(ids, labels):
-    """answer_logprobs of one row under the reference; the shift is made here."""
+def logprob(ids, labels, model=reference):
+    """answer_logprobs of one row; the shift is made here."""
     ids, targets = torch.tensor([ids, labels], device=chapter.device)
     with torch.inference_mode():
-        return answer_logprobs(reference(ids[None, :-1]), targets[None, 1:]).item()
+        return answer_logprobs(model(ids[None, :-1]), targets[None, 1:]).item()
 
 assert abs(logprob(ids, labels) - by_hand) < 1e-3
 
@@ -509,18 +509,23 @@ wrong = {"right": lambda ids, labels: labels,
 
 # %% id="dpo-off-by-one"
 fact = seen[0]
-texts = fact["reply"], f"{fact['reply']} {OFFERS[0]}"
+texts = fact["reply"], f"{fact['reply']} {OFFERS[1]}"
 two = [pair_example(tokenizer, chat_of(fact["question"], text)) for text in texts]
+
+def plain_and_friendly(change, model=reference):
+    return [logprob(ids, change(ids, labels), model) for ids, labels in two]
+
 for name, change in wrong.items():
-    plain, friendly = (logprob(ids, change(ids, labels)) for ids, labels in two)
+    plain, friendly = plain_and_friendly(change)
     print(f"{name:12} plain {plain:8.2f}   friendly {friendly:8.2f}")
 
 ids, labels = two[0]
-assert abs(logprob(ids, one_early(ids, labels)) - logprob(ids, labels)) > 1
+assert tokenizer.im_end_id in labels
+assert tokenizer.im_end_id not in one_early(ids, labels)
 
 # %% [markdown]
 # Look at the middle row. A plain answer differs from a friendly one by *stopping*, and the labels have lost just that token. What is left of the plain answer is
-# the beginning of the friendly one, so the plain answer always wins. Most of its number comes from the line end before the answer, which nobody ever asked the model to predict. The last row
+# the beginning of the friendly one, so the plain answer always wins. Most of its number comes from the line end before the answer, which nobody ever asked the model to predict. Training with such labels crashes nowhere, and its loss falls. The last row
 # is a sum over the wrong tokens, and far too low. Two checks find such bugs: redo one sum by hand, as above, and print what counts:
 
 # %% id="dpo-what-counts"
@@ -695,7 +700,7 @@ for side, messages in train_rows[0].items():
 # %% id="dpo-padded"
 #| export
 def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
-    """Rows of unequal length as one tensor (B, T), filled up on the right with `value`."""
+    """Rows of unequal length as one tensor (B, T), `value` added on the right."""
     rows = [torch.tensor(row) for row in rows]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
@@ -890,7 +895,8 @@ def trl_trainer(folders, rows):
     from trl import DPOConfig, DPOTrainer
 
     args = DPOConfig(str(chapter.work / "trl"), report_to="none", use_cpu=True,
-                     bf16=False, activation_checkpointing=False, max_length=None, beta=0.1)
+                     max_length=None, activation_checkpointing=False,
+                     bf16=False, beta=0.1)
     models = [AutoModelForCausalLM.from_pretrained(folder) for folder in folders]
     return DPOTrainer(*models, args, train_dataset=Dataset.from_list(rows),
                       processing_class=AutoTokenizer.from_pretrained(folders[0]))
@@ -1061,34 +1067,31 @@ for question in five:
     print(f"    after:  {answer!r}")
 
 # %% [markdown]
-# The judge on all kinds of questions, seen and unseen people. Two more models stand beside ours. One is the simplest use of a judge: plain SFT on the *chosen* answers alone, for as many steps
-# with the same learning rate. The other is DPO with the labels of 13.4 that stand one token early.
+# The friendly answer is now the most likely one. Do the labels of 13.4 see it? Ask for the two log-probabilities again, under the trained model. **Before you run this**: can labels that are one
+# early ever say that the friendly answer is more likely than the plain one?
 
-# %% id="dpo-others"
-def with_early_labels(rows):
-    wrong = PreferencePairs(rows, tokenizer, pairs.batch_size, device=chapter.device)
-    wrong.sides = [[(ids, one_early(ids, labels)) for ids, labels in side]
-                   for side in wrong.sides]
-    keep_reference(reference, wrong, chapter.amp)
-    return wrong
-
-if not own_pairs:
-    steps, rate = size.steps, size.learning_rate
-    good_chats = [row["chosen"] for row in train_rows]
-    chosen_only = imitate(copy.deepcopy(reference), good_chats, steps, rate)
-    early_model, early = prefer(beta, steps, rate, some=with_early_labels(train_rows))
+# %% id="dpo-early-is-blind"
+for name in ("right", "one early"):
+    plain, friendly = plain_and_friendly(wrong[name], model)
+    print(f"{name:12} plain {plain:8.2f}   friendly {friendly:8.2f}")
+assert plain >= friendly - 0.1  # one early: no model can turn this around
 
 # %% [markdown]
-# **Before you run this**: labels one early do not see `<|im_end|>`. Will the judge notice?
+# They cannot: a text is never less likely than the same text with more behind it. Whatever the model learns, these labels report that plain wins.
+#
+# Now the judge, on questions about seen and unseen people. Beside the two models stands the simplest use of a judge: plain SFT on the *chosen* answers alone, for as many steps, with the same
+# learning rate.
 
 # %% id="dpo-before-after"
 if not own_pairs:
+    good_chats = [row["chosen"] for row in train_rows]
+    chosen_only = copy.deepcopy(reference)
+    imitate(chosen_only, good_chats, size.steps, size.learning_rate)
     after = shares(model)
-    table = {"reference": before, "SFT on chosen": shares(chosen_only),
-             "DPO": after, "DPO, one early": early.evals[-1]}
+    table = {"reference": before, "SFT on chosen": shares(chosen_only), "DPO": after}
     for name, kinds in table.items():
         print(f"{name:15}", {kind: f"{kinds[kind]:.0%}" for kind in before})
-    chapter.record("dpo/early_preferred", early.evals[-1]["preferred"])
+    chapter.record("dpo/chosen_only_preferred", table["SFT on chosen"]["preferred"])
 
 # %% [markdown]
 # As a picture:
@@ -1105,10 +1108,13 @@ if not own_pairs:
     ax.set(xlabel="share of sampled answers", xlim=(0, 1))
     ax.invert_yaxis()
     ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3)
-    show(fig, "What four models answer, sampled: DPO makes the preferred kind a habit.")
+    show(fig, "What three models answer, sampled: "
+              "the plain answers vanish, the preferred kind becomes a habit.")
 
 # %% [markdown]
-# EARLY
+# Imitating the good answers comes close, or even level, here. The judge never errs, the good answers are the reference's own, and one kind of answer is wanted everywhere. What DPO adds is the other half of the
+# comparison: it learns from what was rejected, so it can also say "not like this". Read the samples of the kind
+# *other*: most are offers that came out garbled or went on and on. Exercise 13.4 makes them the rejected side of a second round.
 #
 # And the price. All questions once more, decoded greedily as in chapter 11, and a right answer counts in any manner:
 
