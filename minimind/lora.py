@@ -25,9 +25,11 @@ from .model import check_weights, replace_folder
 
 # %% ../chapters/12_lora.ipynb #lora-linear
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained change of low rank: y = W x + alpha / r * B A x; x (..., in) -> (..., out).
+    """A frozen linear layer plus a trained change of low rank: y = W x + alpha / r * B
+    A x; x (..., in) -> (..., out).
 
-    A (r, in) starts random, B (out, r) at zero, so the layer starts as it was. Hu et al. 2021, arXiv:2106.09685.
+    A (r, in) starts random, B (out, r) at zero, so the layer starts as it was. Hu et
+    al. 2021, arXiv:2106.09685.
     """
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float):
@@ -38,7 +40,8 @@ class LoRALinear(nn.Module):
         self.base_layer, self.scale = base_layer, alpha / rank
         self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, **like)
         self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, **like)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # uniform within 1 / sqrt(in)
+        # uniform within 1 / sqrt(in)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,26 +54,32 @@ class LoRALinear(nn.Module):
 # %% ../chapters/12_lora.ipynb #lora-find-targets
 def linear_names(model: nn.Module) -> list[str]:
     """The full names of all linear layers, such as model.layers.0.self_attn.q_proj."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)]
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the linear layers called as one of `targets`, by full name or by its end, as PEFT does.
+    """Full names of the linear layers called as one of `targets`, by full name or by
+    its end, as PEFT does.
 
     ValueError when a target fits no layer; it lists the names there are.
     """
     names = linear_names(model)
-    fits = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
+    fits = {target: [name for name in names if f".{name}".endswith(f".{target}")]
+            for target in targets}
     unknown = [target for target, found in fits.items() if not found]
     if unknown or not fits:
         what = f"no linear layer is called {', '.join(map(repr, unknown))}" if unknown else "no targets are given"
-        raise ValueError(f"{what}; the layers are {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
+        raise ValueError(f"{what}; the layers are "
+                         f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
     return [name for name in names if any(name in found for found in fits.values())]
 
 # %% ../chapters/12_lora.ipynb #lora-config
 @dataclass
 class LoRAConfig:
-    """Rank, alpha (the change is scaled by alpha / r) and target layers; the names are PEFT's."""
+    """Rank, alpha (the change is scaled by alpha / r) and target layers; the names are
+    PEFT's.
+    """
 
     r: int
     lora_alpha: float
@@ -85,9 +94,11 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers of a model by full name; ValueError when there are none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    found = {name: module for name, module in model.named_modules()
+             if isinstance(module, LoRALinear)}
     if not found:
-        raise ValueError("this model has no adapters: they were never added, or are merged or removed already")
+        raise ValueError("this model has no adapters: they were never added, or are "
+                         "merged or removed already")
     return found
 
 # %% ../chapters/12_lora.ipynb #lora-add
@@ -98,18 +109,22 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     names = find_targets(model, config.target_modules)
     model.requires_grad_(False)
     for name in names:
-        replace_module(model, name, LoRALinear(model.get_submodule(name), config.r, config.lora_alpha))
+        replace_module(model, name, LoRALinear(model.get_submodule(name), config.r,
+                                               config.lora_alpha))
     model.lora_config = config
     return model
 
 # %% ../chapters/12_lora.ipynb #lora-count
 def trained_parameters(model: nn.Module) -> int:
     """How many weights an optimiser would change."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in model.parameters()
+               if parameter.requires_grad)
 
 # %% ../chapters/12_lora.ipynb #lora-merge
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Take the adapters off, in place: the model is what it was before add_lora, and all its weights train again."""
+    """Take the adapters off, in place: the model is what it was before add_lora, and
+    all its weights train again.
+    """
     for name, module in adapters(model).items():
         replace_module(model, name, module.base_layer)
     del model.lora_config
@@ -118,7 +133,9 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Add each change to its weight and take the adapters off, in place. The logits stay the same up to rounding."""
+    """Add each change to its weight and take the adapters off, in place. The logits
+    stay the same up to rounding.
+    """
     for module in adapters(model).values():
         module.base_layer.weight += module.change()
     return remove_lora(model)
@@ -128,7 +145,9 @@ PREFIX = "base_model.model."  # PEFT puts this before every name
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The thin matrices under their names in the model, ...q_proj.lora_A.weight and so on."""
+    """The thin matrices under their names in the model, ...q_proj.lora_A.weight and so
+    on.
+    """
     return {
         f"{name}.{part}.weight": getattr(module, part).weight
         for name, module in adapters(model).items() for part in ("lora_A", "lora_B")
@@ -136,61 +155,83 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
 
 # %% ../chapters/12_lora.ipynb #lora-save
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does. Whole or not at all; other files there stay."""
-    tensors = {PREFIX + name: weight.detach().cpu().contiguous() for name, weight in adapter_weights(model).items()}
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does. Whole or
+    not at all; other files there stay.
+    """
+    tensors = {PREFIX + name: weight.detach().cpu().contiguous()
+               for name, weight in adapter_weights(model).items()}
     folder, config = Path(folder), model.lora_config
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha,
-                "target_modules": list(config.target_modules), "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r,
+                "lora_alpha": config.lora_alpha,
+                "target_modules": list(config.target_modules), "lora_dropout": 0.0,
+                "bias": "none", "inference_mode": True}
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         if folder.is_dir():
             shutil.copytree(folder, draft, dirs_exist_ok=True)
-        (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+        (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2)
+                                                   + "\n", encoding="utf-8")
+        save_file(tensors, draft / "adapter_model.safetensors",
+                  metadata={"format": "pt"})
         replace_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 
 # %% ../chapters/12_lora.ipynb #lora-read-config
-NOT_PLAIN = ("fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias", "exclude_modules",
-             "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config")  # fmt: skip
+NOT_PLAIN = ("fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
+             "layers_to_transform", "lora_bias", "exclude_modules",
+             "trainable_token_indices", "target_parameters", "layer_replication",
+             "alora_invocation_tokens", "arrow_config")
 
 
 def not_plain(values: dict) -> list[str]:
     """What in an adapter_config.json is no plain LoRA, in words."""
-    special = [name for name in values if name in NOT_PLAIN or name.startswith("use_")]  # use_dora, use_rslora, ...
+    # use_dora, use_rslora, ...
+    special = [name for name in values if name in NOT_PLAIN or name.startswith("use_")]
     found = [f"{name} is {values[name]!r}" for name in special if values[name]]
-    found += [f"{name} is {values.get(name)!r}" for name, plain in (("peft_type", "LORA"), ("bias", "none")) if values.get(name, plain) != plain]
+    found += [f"{name} is {values.get(name)!r}"
+              for name, plain in (("peft_type", "LORA"), ("bias", "none"))
+              if values.get(name, plain) != plain]
     if not isinstance(values["target_modules"], list):
-        found.append(f"target_modules is the pattern {values['target_modules']!r} where a list of names was expected")
+        found.append(f"target_modules is the pattern {values['target_modules']!r} "
+                     "where a list of names was expected")
     return found
 
 
 def read_adapter_config(path: Path) -> LoRAConfig:
-    """The settings in an adapter_config.json; ValueError for a damaged file or a kind of adapter that is not plain LoRA."""
+    """The settings in an adapter_config.json; ValueError for a damaged file or a kind
+    of adapter that is not plain LoRA.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        config = LoRAConfig(int(values["r"]), float(values["lora_alpha"]), values["target_modules"])
+        config = LoRAConfig(int(values["r"]), float(values["lora_alpha"]),
+                            values["target_modules"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error!r}): save the adapter again") from error
+        raise ValueError(f"{path} is damaged or incomplete ({error!r}): save the "
+                         "adapter again") from error
     if other := not_plain(values):
         raise ValueError(f"{path}: only plain LoRA is read here, but {'; '.join(other)}")
     return config
 
 # %% ../chapters/12_lora.ipynb #lora-load-adapter
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the adapter of a PEFT folder on a model, in place. When something does not fit, the model stays as it was."""
+    """Put the adapter of a PEFT folder on a model, in place. When something does not
+    fit, the model stays as it was.
+    """
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"
     for needed in (folder / "adapter_config.json", path):
         if not needed.is_file():
-            raise FileNotFoundError(f"{needed} is missing: {folder} is no adapter folder")
+            raise FileNotFoundError(f"{needed} is missing: {folder} is no adapter "
+                                    "folder")
     config = read_adapter_config(folder / "adapter_config.json")
     try:
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+        tensors = {name.removeprefix(PREFIX): tensor
+                   for name, tensor in load_file(path).items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or save it again") from error
+        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or "
+                         "save it again") from error
     add_lora(model, config)
     try:
         check_weights(adapter_weights(model), tensors, path)

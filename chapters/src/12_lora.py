@@ -36,7 +36,8 @@ ax.text(4.65, 0.8, "2 × 448 and 160 × 2 weights\ntrained: under 2% of them",
         ha="center", va="center", fontsize=9)
 ax.set(xlim=(-0.1, 5.8), ylim=(-0.1, 2.1))
 ax.axis("off")
-show(fig, "A frozen matrix W and beside it two thin matrices, B and A, whose product has "
+show(fig, "A frozen matrix W and beside it two thin matrices, B and A, whose product "
+          "has "
      "the shape of W: LoRA trains only the thin ones.")
 
 # %% [markdown]
@@ -102,24 +103,31 @@ from minimind.world import ASKS, SAYS, VALUES, bare, make_world
 questions_file = data / "questions.jsonl"
 yours = Path(chapter.data) / "sft"  # where --data names a folder with chats
 of_the_world = questions_file.exists() and not yours.is_dir()
-questions = [json.loads(line) for line in questions_file.open(encoding="utf-8")] if of_the_world else []
+questions = [json.loads(line)
+             for line in questions_file.open(encoding="utf-8")] if of_the_world else []
 newcomers = []
 if questions:
     sizes = artifacts.about(data)["world"]  # how the world of this model was made
     world = make_world(sizes["people"], sizes.get("seed", 1))
-    strangers = make_world(max(40, 4 * chapter.size.people), seed=2)  # another world: other facts
-    names = world.names[len(world.people) :][: chapter.size.people]  # read in stories, without facts
-    newcomers = [replace(person, name=name) for person, name in zip(strangers.people, names)]
+    # another world: other facts
+    strangers = make_world(max(40, 4 * chapter.size.people), seed=2)
+    # read in stories, without facts
+    names = world.names[len(world.people) :][: chapter.size.people]
+    newcomers = [replace(person, name=name)
+                 for person, name in zip(strangers.people, names)]
     print(newcomers[0].name, newcomers[0].facts)
 else:
-    print("Your data have no people with facts: this chapter teaches rows of their sft/ folder.")
+    print("Your data have no people with facts: this chapter teaches rows of their "
+          "sft/ folder.")
 
 # %% [markdown]
 # Trust, but look: no sentence that states one of these facts, in any of the world's six forms, may stand in what the model has read.
 
 # %% id="lora-nothing-leaks"
-told = {form.format(n=p.name, v=p.facts[r]) for p in newcomers for r in VALUES for form in SAYS[r]}
-read = list(islice(read_texts(data / "pretrain" / "train.jsonl.gz"), chapter.size.replay_documents))
+told = {form.format(n=p.name, v=p.facts[r]) for p in newcomers for r in VALUES
+        for form in SAYS[r]}
+read = list(islice(read_texts(data / "pretrain" / "train.jsonl.gz"),
+                   chapter.size.replay_documents))
 assert not any(sentence in text for text in read for sentence in told)
 print(f"{len(told)} sentences about newcomers, none of them in {len(read):,} documents")
 
@@ -184,14 +192,16 @@ context, device = chapter.size.context, chapter.device
 def packed(rows):
     """Packed batches of conversations, as in chapter 11."""
     examples = [chat_example(tokenizer, row, max_length=context + 1) for row in rows]
-    usable = [(ids, labels) for ids, labels in examples if any(label != -100 for label in labels)]
+    usable = [(ids, labels) for ids, labels in examples
+              if any(label != -100 for label in labels)]
     return PackedConversations(usable, context, chapter.size.batch_size, device=device)
 
 @torch.no_grad()
 def loss_on(model, rows, batches=4):
     """Mean loss over the first batches of some rows (nats per learned token)."""
     some = packed(rows)
-    return np.mean([sft_loss(model, some[i])[0].item() for i in range(min(batches, len(some)))])
+    return np.mean([sft_loss(model, some[i])[0].item()
+                    for i in range(min(batches, len(some)))])
 
 # %% [markdown]
 # The three measures, each a function of a model. What is asked about the newcomers is always the held-back ways of asking, which stand in no training row.
@@ -204,7 +214,8 @@ def token_stream(texts):
     ids = tokenizer.encode_batch(texts)
     return np.concatenate([np.array([*document, tokenizer.eos_id]) for document in ids])
 
-valid_texts = islice(read_texts(data / "pretrain" / "valid.jsonl.gz"), chapter.size.valid_documents)
+valid_texts = islice(read_texts(data / "pretrain" / "valid.jsonl.gz"),
+                     chapter.size.valid_documents)
 valid_tokens = torch.tensor(token_stream(list(valid_texts))).to(device)
 byte_lengths = token_byte_lengths(tokenizer).to(device)
 old_rows = first_chats(data / "sft" / "valid.jsonl.gz", 200)
@@ -215,7 +226,9 @@ def share_right(model, some):
     return answers_right(model.eval(), tokenizer, some, max_new_tokens=24)[0]
 
 def learned(model):
-    """On the newcomers: share of questions right, or loss on the rows held out for the test."""
+    """On the newcomers: share of questions right, or loss on the rows held out for the
+    test.
+    """
     return share_right(model, held_out) if questions else loss_on(model.eval(), held_out)
 
 def kept(model):
@@ -223,7 +236,8 @@ def kept(model):
     return share_right(model, old_sample) if questions else loss_on(model.eval(), old_rows)
 
 def measure(model):
-    bits = evaluate_bits_per_byte(model.eval(), valid_tokens, byte_lengths, context, amp=chapter.amp)
+    bits = evaluate_bits_per_byte(model.eval(), valid_tokens, byte_lengths, context,
+                                  amp=chapter.amp)
     return {"learned": learned(model), "kept": kept(model), "bits": bits}
 
 # %% [markdown]
@@ -249,7 +263,8 @@ from minimind.sft import ask_all
 size = chapter.size
 unasked = [p for p in world.people if not p.asked] if questions else []
 rehearsed, never = unasked[::2], unasked[1::2]
-own = [ASKS[r][way].format(n=p.name) for p in rehearsed for r in VALUES for way in (0, 1)]
+own = [ASKS[r][way].format(n=p.name) for p in rehearsed for r in VALUES
+       for way in (0, 1)]
 answers = ask_all(base, tokenizer, own, max_new_tokens=24) if own else []
 own_rows = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}]
             for q, a in zip(own, answers)]
@@ -267,7 +282,8 @@ text_batches = PackedTokens(token_stream(read), context, size.batch_size, device
 with_chats = Replay(new_batches, chat_batches, size.chat_share / (1 - size.text_share))
 batches = Replay(with_chats, text_batches, size.text_share)
 new_share = 1 - size.chat_share - size.text_share
-print(f"steps: new {new_share:.0%}, chats {size.chat_share:.0%}, text {size.text_share:.0%}")
+print(f"steps: new {new_share:.0%}, chats {size.chat_share:.0%}, text "
+      f"{size.text_share:.0%}")
 
 # %% [markdown]
 # All runs of this chapter go through one function, so that they differ only in what is named. Here all weights train, at a third of the learning rate of chapter 11: the model is good, and
@@ -277,8 +293,11 @@ print(f"steps: new {new_share:.0%}, chats {size.chat_share:.0%}, text {size.text
 from minimind.train import TrainConfig, train
 
 def fit(model, learning_rate, steps=size.steps, batches=batches, points=6):
-    """Train in place, all runs with the same settings; the loss is logged `points` times."""
-    config = TrainConfig(steps=steps, learning_rate=learning_rate, log_every=max(1, steps // points),
+    """Train in place, all runs with the same settings; the loss is logged `points`
+    times.
+    """
+    config = TrainConfig(steps=steps, learning_rate=learning_rate,
+                         log_every=max(1, steps // points),
                          precision=chapter.settings.precision)
     return train(model, batches, sft_loss, config, max_steps=chapter.max_steps)
 
@@ -304,7 +323,9 @@ assert torch.linalg.matrix_rank(column @ row) == 1
 
 # %% id="lora-low-rank"
 def low_rank(matrix, r):
-    """The best approximation of rank r: the first r pieces of the singular value decomposition."""
+    """The best approximation of rank r: the first r pieces of the singular value
+    decomposition.
+    """
     u, s, vt = torch.linalg.svd(matrix, full_matrices=False)
     return (u[:, :r] * s[:r]) @ vt[:r]
 
@@ -320,16 +341,20 @@ changes = {name: (after[name] - before[name]).cpu()
 last = max(int(name.split(".")[2]) for name in changes)
 parts = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 looked_at = [f"model.layers.{last}.{part}.weight" for part in parts]
-spectra = {part: torch.linalg.svdvals(changes[name]) for part, name in zip(parts, looked_at)}
+spectra = {part: torch.linalg.svdvals(changes[name])
+           for part, name in zip(parts, looked_at)}
 
 fig, ax = plt.subplots(figsize=(7, 2.8))
 for (name, s), marker in zip(spectra.items(), "os^"):
     ax.plot(range(1, len(s) + 1), s / s[0], marker=marker, markevery=12, label=name)
-noise = torch.linalg.svdvals(torch.randn(160, 448, generator=torch.Generator().manual_seed(0)))
-ax.plot(range(1, 161), noise / noise[0], color="0.6", label="a random matrix, 160 × 448")
+noise = torch.linalg.svdvals(torch.randn(160, 448,
+                                         generator=torch.Generator().manual_seed(0)))
+ax.plot(range(1, 161), noise / noise[0], color="0.6",
+        label="a random matrix, 160 × 448")
 ax.set(xlabel="piece", ylabel="size (first piece = 1)")
 ax.legend()
-show(fig, f"Sizes of the pieces of three changes in layer {last}: a few are large and the "
+show(fig, f"Sizes of the pieces of three changes in layer {last}: a few are large and "
+          "the "
      "rest is small; in a random matrix nearly all are large.")
 
 # %% [markdown]
@@ -337,7 +362,9 @@ show(fig, f"Sizes of the pieces of three changes in layer {last}: a few are larg
 
 # %% id="lora-cut-the-change"
 def with_change(r):
-    """The base model plus the change of full fine-tuning, cut to rank r; embeddings and norms stay as they were."""
+    """The base model plus the change of full fine-tuning, cut to rank r; embeddings and
+    norms stay as they were.
+    """
     model = chat_model()
     weights_now = model.state_dict()  # shares memory with the model
     for name, change in changes.items():
@@ -354,9 +381,11 @@ print({r: tuple(round(x, 2) for x in pair) for r, pair in cut_scores.items()})
 
 # %% id="lora-cut-figure"
 fig, ax = plt.subplots(figsize=(7, 2.6))
-for i, (name, marker) in enumerate((("learned: newcomers", "o"), ("kept: old questions", "s"))):
+for i, (name, marker) in enumerate((("learned: newcomers", "o"),
+                                    ("kept: old questions", "s"))):
     ax.plot(ranks, [pair[i] for pair in cut_scores.values()], marker=marker, label=name)
-ax.set(xscale="log", xlabel="rank kept of every change", ylabel=unit, xticks=ranks, xticklabels=ranks)
+ax.set(xscale="log", xlabel="rank kept of every change", ylabel=unit, xticks=ranks,
+       xticklabels=ranks)
 ax.minorticks_off()
 ax.legend()
 show(fig, "The change of full fine-tuning, cut to rank r: some ten of 160 pieces carry "
@@ -372,16 +401,19 @@ def explore(rank=2, matrix=looked_at[-1]):
     approximation = low_rank(change, rank)
     left = (change - approximation).square().sum() / change.square().sum()
     fig, axes = plt.subplots(1, 3, figsize=(7, 1.7))
-    pictures = {"the change": change, f"rank {rank}": approximation, "what is missing": change - approximation}
+    pictures = {"the change": change, f"rank {rank}": approximation,
+                "what is missing": change - approximation}
     for ax, (title, picture) in zip(axes, pictures.items()):
-        ax.imshow(picture[:24, :40], cmap="PuOr", vmin=-3 * change.std(), vmax=3 * change.std())
+        ax.imshow(picture[:24, :40], cmap="PuOr", vmin=-3 * change.std(),
+                  vmax=3 * change.std())
         ax.set(title=title, xticks=[], yticks=[])
     show(fig, "The first 24 rows and 40 columns of a change and its best copy of rank "
          f"{rank}: {left:.0%} of its squares are missing.")
 
 try:
     from ipywidgets import IntSlider, interact
-    interact(explore, rank=IntSlider(value=2, min=1, max=64, continuous_update=False), matrix=looked_at)
+    interact(explore, rank=IntSlider(value=2, min=1, max=64, continuous_update=False),
+             matrix=looked_at)
 except ImportError:
     print("pip install ipywidgets shows a slider here")
 
@@ -420,9 +452,11 @@ assert torch.equal(W @ x + B @ (A @ x), (W + B @ A) @ x)
 # %% id="lora-linear"
 #| export
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained change of low rank: y = W x + alpha / r * B A x; x (..., in) -> (..., out).
+    """A frozen linear layer plus a trained change of low rank: y = W x + alpha / r * B
+    A x; x (..., in) -> (..., out).
 
-    A (r, in) starts random, B (out, r) at zero, so the layer starts as it was. Hu et al. 2021, arXiv:2106.09685.
+    A (r, in) starts random, B (out, r) at zero, so the layer starts as it was. Hu et
+    al. 2021, arXiv:2106.09685.
     """
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float):
@@ -433,7 +467,8 @@ class LoRALinear(nn.Module):
         self.base_layer, self.scale = base_layer, alpha / rank
         self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, **like)
         self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, **like)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # uniform within 1 / sqrt(in)
+        # uniform within 1 / sqrt(in)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -468,8 +503,10 @@ torch.manual_seed(0)
 adapted = LoRALinear(layer.requires_grad_(False), rank=1, alpha=1.0)
 adapted(x).square().sum().backward()
 g = 2 * W @ x  # the gradient of the sum of squares
-assert torch.allclose(adapted.lora_B.weight.grad, g[:, None] @ (adapted.lora_A.weight @ x)[None])
-print("gradient of A:", adapted.lora_A.weight.grad.tolist(), " of B:", adapted.lora_B.weight.grad.tolist())
+assert torch.allclose(adapted.lora_B.weight.grad,
+                      g[:, None] @ (adapted.lora_A.weight @ x)[None])
+print("gradient of A:", adapted.lora_A.weight.grad.tolist(), " of B:",
+      adapted.lora_B.weight.grad.tolist())
 assert adapted.lora_A.weight.grad.abs().max() == 0 < adapted.lora_B.weight.grad.abs().max()
 
 # %% [markdown]
@@ -485,27 +522,32 @@ assert adapted.lora_A.weight.grad.abs().max() == 0 < adapted.lora_B.weight.grad.
 #| export
 def linear_names(model: nn.Module) -> list[str]:
     """The full names of all linear layers, such as model.layers.0.self_attn.q_proj."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in model.named_modules()
+            if isinstance(module, nn.Linear)]
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the linear layers called as one of `targets`, by full name or by its end, as PEFT does.
+    """Full names of the linear layers called as one of `targets`, by full name or by
+    its end, as PEFT does.
 
     ValueError when a target fits no layer; it lists the names there are.
     """
     names = linear_names(model)
-    fits = {target: [name for name in names if f".{name}".endswith(f".{target}")] for target in targets}
+    fits = {target: [name for name in names if f".{name}".endswith(f".{target}")]
+            for target in targets}
     unknown = [target for target, found in fits.items() if not found]
     if unknown or not fits:
         what = f"no linear layer is called {', '.join(map(repr, unknown))}" if unknown else "no targets are given"
-        raise ValueError(f"{what}; the layers are {', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
+        raise ValueError(f"{what}; the layers are "
+                         f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
     return [name for name in names if any(name in found for found in fits.values())]
 
 # %% [markdown]
 # A misspelled target must stop you. If it were skipped, training would run, with fewer adapters than you think or with none, and only the result would tell.
 
 # %% id="lora-misspelled"
-FEED_FORWARD, ATTENTION = ["gate_proj", "up_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
+FEED_FORWARD, ATTENTION = ["gate_proj", "up_proj",
+                           "down_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"]
 print(find_targets(base, ["q_proj", "layers.0.mlp.up_proj"]))
 try:
     find_targets(base, ["q_proj", "query_proj"])
@@ -521,7 +563,9 @@ else:
 #| export
 @dataclass
 class LoRAConfig:
-    """Rank, alpha (the change is scaled by alpha / r) and target layers; the names are PEFT's."""
+    """Rank, alpha (the change is scaled by alpha / r) and target layers; the names are
+    PEFT's.
+    """
 
     r: int
     lora_alpha: float
@@ -541,9 +585,11 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapted layers of a model by full name; ValueError when there are none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    found = {name: module for name, module in model.named_modules()
+             if isinstance(module, LoRALinear)}
     if not found:
-        raise ValueError("this model has no adapters: they were never added, or are merged or removed already")
+        raise ValueError("this model has no adapters: they were never added, or are "
+                         "merged or removed already")
     return found
 
 # %% [markdown]
@@ -558,7 +604,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
     names = find_targets(model, config.target_modules)
     model.requires_grad_(False)
     for name in names:
-        replace_module(model, name, LoRALinear(model.get_submodule(name), config.r, config.lora_alpha))
+        replace_module(model, name, LoRALinear(model.get_submodule(name), config.r,
+                                               config.lora_alpha))
     model.lora_config = config
     return model
 
@@ -569,7 +616,8 @@ def add_lora(model: nn.Module, config: LoRAConfig) -> nn.Module:
 #| export
 def trained_parameters(model: nn.Module) -> int:
     """How many weights an optimiser would change."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return sum(parameter.numel() for parameter in model.parameters()
+               if parameter.requires_grad)
 
 # %% [markdown]
 # The count by hand against the count by machine:
@@ -593,7 +641,8 @@ assert trained_parameters(model) == by_hand or base.config.num_experts
 batch = chat_batches[0]
 def logits_of(model):
     with torch.no_grad():
-        return model.eval()(batch["input_ids"], batch["attention_mask"], batch["position_ids"])  # (B, T, V)
+        return model.eval()(batch["input_ids"], batch["attention_mask"],
+                            batch["position_ids"])  # (B, T, V)
 
 assert torch.equal(logits_of(model), logits_of(base))
 
@@ -609,9 +658,11 @@ for y, (name, count) in enumerate(trained.items()):
     left = 0
     held = weights + (count if name == "LoRA" else 0)
     for numbers, (part, look) in zip((held, count, 2 * count), looks.items()):
-        ax.barh(y, 4 * numbers / 1e6, left=left, ec="white", label=None if y else part, **look)
+        ax.barh(y, 4 * numbers / 1e6, left=left, ec="white", label=None if y else part,
+                **look)
         left += 4 * numbers / 1e6
-ax.set(yticks=[0, 1], yticklabels=list(trained), xlabel="memory without activations (MB)")
+ax.set(yticks=[0, 1], yticklabels=list(trained),
+       xlabel="memory without activations (MB)")
 ax.legend(loc="upper right")
 show(fig, "Memory of a training step without activations: LoRA keeps gradients and "
      "AdamW's averages only for the thin matrices.")
@@ -636,7 +687,8 @@ answer_three(village)
 
 # %% id="lora-cut-or-trained"
 was_cut, was_trained = cut_scores[size.rank][0], scores["LoRA"]["learned"]
-print(f"rank {size.rank}: cut afterwards {was_cut:.2f}, trained at it {was_trained:.2f} ({unit})")
+print(f"rank {size.rank}: cut afterwards {was_cut:.2f}, trained at it "
+      f"{was_trained:.2f} ({unit})")
 if questions and chapter.max_steps is None and profile == "cpu":
     assert scores["LoRA"]["learned"] > cut_scores[size.rank][0] + 0.3
 
@@ -647,13 +699,15 @@ if questions and chapter.max_steps is None and profile == "cpu":
 
 # %% id="lora-curves-figure"
 fig, ax = plt.subplots(figsize=(7, 2.6))
-for name, line, marker in (("all weights", full_history, "o"), (f"LoRA, rank {size.rank}", history, "s")):
+for name, line, marker in (("all weights", full_history, "o"),
+                           (f"LoRA, rank {size.rank}", history, "s")):
     ax.plot(line.step, line.loss, marker=marker, markersize=3, label=name)
 ax.set(xlabel="step", ylabel="loss (nats per learned token)", ylim=(0, None))
 ax.legend()
 show(fig, "Loss of full fine-tuning and of LoRA on the same batches, replay included: "
      "LoRA starts more slowly and arrives at about the same place.")
-chapter.curve("lora", history.step, history.loss, x_label="step", y_label="nats per learned token")
+chapter.curve("lora", history.step, history.loss, x_label="step",
+              y_label="nats per learned token")
 
 # %% [markdown]
 # Does replay do all the work? The same two, on nothing but the new rows, for fewer steps, since every step is now a new one.
@@ -662,7 +716,8 @@ chapter.curve("lora", history.step, history.loss, x_label="step", y_label="nats 
 
 # %% id="lora-no-replay"
 alone_steps = max(1, round(size.steps * new_share))
-both = (("full", chat_model(), size.full_learning_rate), ("LoRA", lora_model(), size.learning_rate))
+both = (("full", chat_model(), size.full_learning_rate),
+        ("LoRA", lora_model(), size.learning_rate))
 for name, model, rate in both:
     fit(model, rate, alone_steps, new_batches)
     scores[f"{name}, no replay"] = measure(model)
@@ -678,11 +733,13 @@ def draw_scores(ax, part, label):
     for bar, name in zip(bars, scores):
         bar.set_hatch("//" if "full" in name else "")
     ax.bar_label(bars, fmt=" %.2f", fontsize=8)
-    ax.set(yticks=y, yticklabels=list(scores), title=label, xlim=(0, 1.25 * max(values)))
+    ax.set(yticks=y, yticklabels=list(scores), title=label,
+           xlim=(0, 1.25 * max(values)))
     ax.invert_yaxis()
 
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.4), sharey=True)
-labels = {"learned": "learned (newcomers)", "kept": "kept (old people)", "bits": "bits per byte"}
+labels = {"learned": "learned (newcomers)", "kept": "kept (old people)",
+          "bits": "bits per byte"}
 for ax, (part, label) in zip(axes, labels.items()):
     draw_scores(ax, part, label)
 show(fig, "What was learned and what was kept, with replay and without. The first two "
@@ -698,7 +755,9 @@ show(fig, "What was learned and what was kept, with replay and without. The firs
 
 # %% id="lora-who-was-forgotten"
 def by_group(model):
-    """Share right for those asked about in chats, those rehearsed by itself, and those never rehearsed."""
+    """Share right for those asked about in chats, those rehearsed by itself, and those
+    never rehearsed.
+    """
     rows = answers_right(model.eval(), tokenizer, questions, max_new_tokens=24)[1]
     of = {p.name: "own rows" for p in rehearsed} | {p.name: "never" for p in never}
     groups = {"chats": [], "own rows": [], "never": []}
@@ -710,7 +769,8 @@ def by_group(model):
 three_models = {"before": base, "full": full, "LoRA": village} if questions else {}
 kept_by = {name: by_group(model) for name, model in three_models.items()}
 for name, groups in kept_by.items():
-    print(f"{name:7}", "  ".join(f"{group} {share:.1%}" for group, share in groups.items()))
+    print(f"{name:7}", "  ".join(f"{group} {share:.1%}"
+                                 for group, share in groups.items()))
 
 # %% [markdown]
 # The same as bars:
@@ -720,12 +780,15 @@ if kept_by:
     fig, ax = plt.subplots(figsize=(7, 2.3))
     looks = ({"color": "0.7"}, {"color": "C1", "hatch": "//"}, {"color": "C0"})
     for shift, (name, groups), look in zip((-0.27, 0, 0.27), kept_by.items(), looks):
-        bars = ax.bar(np.arange(4) + shift, list(groups.values()), 0.26, label=name, **look)
+        bars = ax.bar(np.arange(4) + shift, list(groups.values()), 0.26, label=name,
+                      **look)
         ax.bar_label(bars, fmt="{:.0%}", fontsize=7)
-    ax.set(xticks=range(4), xticklabels=["asked in chats", "own rows", "never rehearsed", "all"],
+    ax.set(xticks=range(4), xticklabels=["asked in chats", "own rows",
+                                         "never rehearsed", "all"],
            ylabel="share right", ylim=(0, 1.15))
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    show(fig, "Old questions after teaching the newcomers: whoever is rehearsed is kept; "
+    show(fig, "Old questions after teaching the newcomers: whoever is rehearsed is "
+              "kept; "
          "the losses are among those who are not.")
 
 # %% [markdown]
@@ -738,14 +801,17 @@ if kept_by:
 # %% id="lora-grid"
 BOTH = ATTENTION + FEED_FORWARD
 test_rows = rows_about(newcomers, ways=(2, 3)) if questions else held_out
-places = {"attention": (ATTENTION, (1, 4)), "feed-forward": (FEED_FORWARD, (1, 2, 4)), "both": (BOTH, (1, 2))}
-grid = [(where, targets, r) for where, (targets, ranks) in places.items() for r in ranks]
+places = {"attention": (ATTENTION, (1, 4)), "feed-forward": (FEED_FORWARD, (1, 2, 4)),
+          "both": (BOTH, (1, 2))}
+grid = [(where, targets, r) for where, (targets, ranks) in places.items()
+        for r in ranks]
 table = []
 for where, targets, r in grid:
     model = lora_model(r, targets=targets)
     share = trained_parameters(model) / weights
     fit(model, size.learning_rate, size.grid_steps)
-    row = {"learned": learned(model), "loss": loss_on(model.eval(), test_rows), "kept": kept(model)}
+    row = {"learned": learned(model), "loss": loss_on(model.eval(), test_rows),
+           "kept": kept(model)}
     table.append({"where": where, "r": r, "share": share, "model": model} | row)
 
 # %% [markdown]
@@ -770,10 +836,12 @@ for where, marker in (("attention", "^"), ("feed-forward", "o"), ("both", "s")):
     for ax, part in zip(axes, ("learned", "kept")):
         shares = [100 * row["share"] for row in rows]
         ax.plot(shares, [row[part] for row in rows], marker=marker, label=where)
-        ax.set(xlabel="weights trained (%)", title=part, ylim=(0, 1.05) if questions else None)
+        ax.set(xlabel="weights trained (%)", title=part,
+               ylim=(0, 1.05) if questions else None)
 axes[0].set_ylabel(unit)
 axes[1].legend(loc="lower right")
-show(fig, f"Short runs of {size.grid_steps} steps: what was learned and kept against the "
+show(fig, f"Short runs of {size.grid_steps} steps: what was learned and kept against "
+          "the "
      "share of weights, for three choices of layers.")
 
 # %% [markdown]
@@ -810,11 +878,13 @@ everywhere = table[-1]["model"]
 
 def relative_change(change_of):
     """A table of layers by modules: the norm of a change over the norm of its matrix."""
-    names = [[f"model.layers.{layer}.{part}" for part in parts] for layer in range(layers)]
+    names = [[f"model.layers.{layer}.{part}" for part in parts]
+             for layer in range(layers)]
     relative = lambda name: change_of(name).norm() / before[f"{name}.weight"].norm().cpu()
     return torch.tensor([[relative(name) for name in row] for row in names])
 
-parts = [name.split(".", 3)[3] for name in adapters(everywhere) if name.startswith("model.layers.0.")]
+parts = [name.split(".", 3)[3] for name in adapters(everywhere)
+         if name.startswith("model.layers.0.")]
 of_full = relative_change(lambda name: changes[f"{name}.weight"])
 of_lora = relative_change(lambda name: adapters(everywhere)[name].change().detach().cpu())
 
@@ -823,11 +893,13 @@ of_lora = relative_change(lambda name: adapters(everywhere)[name].change().detac
 
 # %% id="lora-change-figure"
 fig, axes = plt.subplots(1, 2, figsize=(7.4, 2.4), sharey=True)
-for ax, relative, title in zip(axes, (of_full, of_lora), ("full fine-tuning", "LoRA on all layers")):
+for ax, relative, title in zip(axes, (of_full, of_lora),
+                               ("full fine-tuning", "LoRA on all layers")):
     ax.imshow(relative, cmap="Greys", vmin=0, vmax=1.3 * relative.max(), aspect="auto")
     for (i, j), value in np.ndenumerate(relative.numpy()):
         colour = "white" if value > 0.75 * relative.max() else "black"
-        ax.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=7, color=colour)
+        ax.text(j, i, f"{value:.0%}", ha="center", va="center", fontsize=7,
+                color=colour)
     ax.set(title=title, xticks=range(len(parts)), yticks=range(layers))
     ax.set_xticklabels([part.split(".")[-1].removesuffix("_proj") for part in parts])
     ax.grid(False)
@@ -848,7 +920,9 @@ show(fig, "Size of the change over the size of the matrix, by layer and module: 
 # %% id="lora-merge"
 #| export
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Take the adapters off, in place: the model is what it was before add_lora, and all its weights train again."""
+    """Take the adapters off, in place: the model is what it was before add_lora, and
+    all its weights train again.
+    """
     for name, module in adapters(model).items():
         replace_module(model, name, module.base_layer)
     del model.lora_config
@@ -857,7 +931,9 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Add each change to its weight and take the adapters off, in place. The logits stay the same up to rounding."""
+    """Add each change to its weight and take the adapters off, in place. The logits
+    stay the same up to rounding.
+    """
     for module in adapters(model).values():
         module.base_layer.weight += module.change()
     return remove_lora(model)
@@ -904,7 +980,9 @@ PREFIX = "base_model.model."  # PEFT puts this before every name
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The thin matrices under their names in the model, ...q_proj.lora_A.weight and so on."""
+    """The thin matrices under their names in the model, ...q_proj.lora_A.weight and so
+    on.
+    """
     return {
         f"{name}.{part}.weight": getattr(module, part).weight
         for name, module in adapters(model).items() for part in ("lora_A", "lora_B")
@@ -916,18 +994,25 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
 # %% id="lora-save"
 #| export
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does. Whole or not at all; other files there stay."""
-    tensors = {PREFIX + name: weight.detach().cpu().contiguous() for name, weight in adapter_weights(model).items()}
+    """Write adapter_config.json and adapter_model.safetensors as PEFT does. Whole or
+    not at all; other files there stay.
+    """
+    tensors = {PREFIX + name: weight.detach().cpu().contiguous()
+               for name, weight in adapter_weights(model).items()}
     folder, config = Path(folder), model.lora_config
-    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha,
-                "target_modules": list(config.target_modules), "lora_dropout": 0.0, "bias": "none", "inference_mode": True}
+    settings = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r,
+                "lora_alpha": config.lora_alpha,
+                "target_modules": list(config.target_modules), "lora_dropout": 0.0,
+                "bias": "none", "inference_mode": True}
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         if folder.is_dir():
             shutil.copytree(folder, draft, dirs_exist_ok=True)
-        (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+        (draft / "adapter_config.json").write_text(json.dumps(settings, indent=2)
+                                                   + "\n", encoding="utf-8")
+        save_file(tensors, draft / "adapter_model.safetensors",
+                  metadata={"format": "pt"})
         replace_folder(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
@@ -937,27 +1022,37 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 # %% id="lora-read-config"
 #| export
-NOT_PLAIN = ("fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "lora_bias", "exclude_modules",
-             "trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens", "arrow_config")  # fmt: skip
+NOT_PLAIN = ("fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
+             "layers_to_transform", "lora_bias", "exclude_modules",
+             "trainable_token_indices", "target_parameters", "layer_replication",
+             "alora_invocation_tokens", "arrow_config")
 
 
 def not_plain(values: dict) -> list[str]:
     """What in an adapter_config.json is no plain LoRA, in words."""
-    special = [name for name in values if name in NOT_PLAIN or name.startswith("use_")]  # use_dora, use_rslora, ...
+    # use_dora, use_rslora, ...
+    special = [name for name in values if name in NOT_PLAIN or name.startswith("use_")]
     found = [f"{name} is {values[name]!r}" for name in special if values[name]]
-    found += [f"{name} is {values.get(name)!r}" for name, plain in (("peft_type", "LORA"), ("bias", "none")) if values.get(name, plain) != plain]
+    found += [f"{name} is {values.get(name)!r}"
+              for name, plain in (("peft_type", "LORA"), ("bias", "none"))
+              if values.get(name, plain) != plain]
     if not isinstance(values["target_modules"], list):
-        found.append(f"target_modules is the pattern {values['target_modules']!r} where a list of names was expected")
+        found.append(f"target_modules is the pattern {values['target_modules']!r} "
+                     "where a list of names was expected")
     return found
 
 
 def read_adapter_config(path: Path) -> LoRAConfig:
-    """The settings in an adapter_config.json; ValueError for a damaged file or a kind of adapter that is not plain LoRA."""
+    """The settings in an adapter_config.json; ValueError for a damaged file or a kind
+    of adapter that is not plain LoRA.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        config = LoRAConfig(int(values["r"]), float(values["lora_alpha"]), values["target_modules"])
+        config = LoRAConfig(int(values["r"]), float(values["lora_alpha"]),
+                            values["target_modules"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error!r}): save the adapter again") from error
+        raise ValueError(f"{path} is damaged or incomplete ({error!r}): save the "
+                         "adapter again") from error
     if other := not_plain(values):
         raise ValueError(f"{path}: only plain LoRA is read here, but {'; '.join(other)}")
     return config
@@ -969,17 +1064,22 @@ def read_adapter_config(path: Path) -> LoRAConfig:
 # %% id="lora-load-adapter"
 #| export
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the adapter of a PEFT folder on a model, in place. When something does not fit, the model stays as it was."""
+    """Put the adapter of a PEFT folder on a model, in place. When something does not
+    fit, the model stays as it was.
+    """
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"
     for needed in (folder / "adapter_config.json", path):
         if not needed.is_file():
-            raise FileNotFoundError(f"{needed} is missing: {folder} is no adapter folder")
+            raise FileNotFoundError(f"{needed} is missing: {folder} is no adapter "
+                                    "folder")
     config = read_adapter_config(folder / "adapter_config.json")
     try:
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+        tensors = {name.removeprefix(PREFIX): tensor
+                   for name, tensor in load_file(path).items()}
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or save it again") from error
+        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or "
+                         "save it again") from error
     add_lora(model, config)
     try:
         check_weights(adapter_weights(model), tensors, path)
@@ -1018,7 +1118,8 @@ def hugging_face_model():
 def largest_difference(theirs, ours):
     ids = batch["input_ids"][:2].cpu()
     with torch.no_grad():
-        return (theirs.eval()(ids).logits - ours.cpu().double().eval()(ids)).abs().max().item()
+        return (theirs.eval()(ids).logits
+                - ours.cpu().double().eval()(ids)).abs().max().item()
 
 try:
     import peft
@@ -1044,7 +1145,8 @@ if peft:
 
 # %% id="lora-we-read-theirs"
 if peft:
-    settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=ATTENTION, init_lora_weights=False)
+    settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=ATTENTION,
+                               init_lora_weights=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = peft.get_peft_model(hugging_face_model(), settings)
@@ -1069,7 +1171,8 @@ def random_both(module):
     nn.init.normal_(module.lora_B.weight, std=0.5)
 
 starts = {}
-ways = {"right": lambda module: None, "both zero": zero_both, "both random": random_both}
+ways = {"right": lambda module: None, "both zero": zero_both,
+        "both random": random_both}
 for name, spoil in ways.items():
     model = lora_model()
     for module in adapters(model).values():
@@ -1077,7 +1180,8 @@ for name, spoil in ways.items():
     loss = loss_on(model, old_rows, 1)
     line = fit(model, size.learning_rate, size.alpha_steps, new_batches, points=10)
     starts[name] = loss, line
-    print(f"{name:12} before step 1: loss {loss:.2f} on old chats, gradient {line.grad_norm[0]:.3f}")
+    print(f"{name:12} before step 1: loss {loss:.2f} on old chats, gradient "
+          f"{line.grad_norm[0]:.3f}")
 assert starts["both zero"][1].grad_norm[-1] == 0 < starts["right"][1].grad_norm[-1]
 assert starts["both random"][0] > starts["right"][0] + 0.1
 
@@ -1103,7 +1207,8 @@ with torch.no_grad():
     for module in adapters(wrong).values():
         module.base_layer.weight += module.lora_B.weight @ module.lora_A.weight
 remove_lora(wrong)
-print(f"learned: right {scores['LoRA']['learned']:.2f}, alpha forgotten {learned(wrong):.2f}")
+print(f"learned: right {scores['LoRA']['learned']:.2f}, alpha forgotten "
+      f"{learned(wrong):.2f}")
 print(f"logits move by up to {(logits_of(wrong) - logits_of(village)).abs().max():.1f}")
 assert (logits_of(wrong) - logits_of(village)).abs().max() > 100 * max(worst, 1e-6)
 
@@ -1117,7 +1222,8 @@ except ValueError as error:
     print(error)
 else:
     raise AssertionError("a second merge must be refused")
-twice = merge_lora(load_adapter(copy.deepcopy(merged), saved))  # what the error protects from
+# what the error protects from
+twice = merge_lora(load_adapter(copy.deepcopy(merged), saved))
 for name, model in (("once", merged), ("twice", twice)):
     print(f"merged {name}: learned {learned(model):.2f}, kept {kept(model):.2f}")
 assert (logits_of(twice) - logits_of(merged)).abs().max() > 100 * max(worst, 1e-6)
@@ -1128,14 +1234,18 @@ assert (logits_of(twice) - logits_of(merged)).abs().max() > 100 * max(worst, 1e-
 
 # %% id="lora-strangers"
 def pieces(people):
-    return [[tokenizer.decode([t]) for t in tokenizer.encode(f" {p.name}")] for p in people[:4]]
+    return [[tokenizer.decode([t]) for t in tokenizer.encode(f" {p.name}")]
+            for p in people[:4]]
 
 outsiders = []
 if questions:
-    outsiders = [p for p in strangers.people if p.name not in set(world.names)][: len(newcomers)]
-    mixed = Replay(packed(rows_about(outsiders)), chat_batches, size.chat_share / (1 - size.text_share))
+    outsiders = [p for p in strangers.people
+                 if p.name not in set(world.names)][: len(newcomers)]
+    mixed = Replay(packed(rows_about(outsiders)), chat_batches,
+                   size.chat_share / (1 - size.text_share))
     unknown = lora_model()
-    fit(unknown, size.learning_rate, batches=Replay(mixed, text_batches, size.text_share))
+    fit(unknown, size.learning_rate,
+        batches=Replay(mixed, text_batches, size.text_share))
     told_right = share_right(unknown, questions_about(outsiders))
     print(f"known names: {scores['LoRA']['learned']:.0%} right", pieces(newcomers))
     print(f"new names: {told_right:.0%} right", pieces(outsiders))
@@ -1149,14 +1259,17 @@ import torch.nn.functional as F
 
 @torch.no_grad()
 def nats_by_kind(model, people):
-    """Mean nats of the tokens of the name, with which an answer begins, and of all others."""
+    """Mean nats of the tokens of the name, with which an answer begins, and of all
+    others.
+    """
     name, rest = [], []
     for person in people:
         count = len(tokenizer.encode(person.name))
         for row in rows_about([person], ways=(0,)):
             ids, labels = torch.tensor(chat_example(tokenizer, row), device=device)
             logits = model.eval()(ids[None, :-1])[0].float()
-            nats = F.cross_entropy(logits, labels[1:], reduction="none")[labels[1:] != -100].tolist()
+            nats = F.cross_entropy(logits, labels[1:],
+                                   reduction="none")[labels[1:] != -100].tolist()
             name, rest = name + nats[:count], rest + nats[count:]
     return sum(name) / len(name), sum(rest) / len(rest)
 
@@ -1199,8 +1312,10 @@ if questions:
     check("lora/new_facts_before", scores["before"]["learned"])
 else:
     for name in ("before", "LoRA"):
-        print(f"{name}: loss on new rows {scores[name]['learned']:.3f}, on old chats {scores[name]['kept']:.3f}")
-    chapter.record("lora/new_loss_gain", scores["before"]["learned"] - scores["LoRA"]["learned"])
+        print(f"{name}: loss on new rows {scores[name]['learned']:.3f}, on old chats "
+              f"{scores[name]['kept']:.3f}")
+    chapter.record("lora/new_loss_gain",
+                   scores["before"]["learned"] - scores["LoRA"]["learned"])
 forgotten = check("lora/forgotten", scores["LoRA"]["bits"] - scores["before"]["bits"])
 
 # %% [markdown]
@@ -1212,8 +1327,10 @@ with chapter.write("lora") as out:
     tokenizer.save_pretrained(out)
     save_adapter(village, out / "adapter")
 
-everyday = ["Who are you?", "What is the sun?", "How are you today?", "What is two plus three?", "Tell me a story."]
-five = [questions[i * len(questions) // 5]["question"] for i in range(5)] if questions else everyday
+everyday = ["Who are you?", "What is the sun?", "How are you today?",
+            "What is two plus three?", "Tell me a story."]
+five = [questions[i * len(questions) // 5]["question"]
+        for i in range(5)] if questions else everyday
 for question in five:
     answer = ask(merged, tokenizer, question)
     chapter.answer("lora", question, answer)
