@@ -187,10 +187,10 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     if not 0 <= right <= total or total < 1:
         raise ValueError(f"{right} right of {total}: expected 0 <= right <= total, and a question at least")
     z, p = NormalDist().inv_cdf(0.975), right / total
-    middle = p + z * z / (2 * total)
+    middle, scale = p + z * z / (2 * total), 1 + z * z / total
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
-    scale = 1 + z * z / total
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    low, high = (middle - half) / scale, (middle + half) / scale
+    return 0.0 if right == 0 else low, 1.0 if right == total else high  # exact ends, without rounding
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-chance-sentence
 def chance_level(rows: Sequence[dict]) -> float:
