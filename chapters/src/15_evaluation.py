@@ -945,7 +945,9 @@ ax.legend(loc="upper right", fontsize=8)
 show(fig, "A model trained on half of the test: high on what it has read, at chance (dotted) on what was kept back.")
 
 # %% [markdown]
-# How would you notice, from outside? Not by general quality: bits per byte on held-out text hardly move. The mark of a leak is a gap between questions that could have leaked and fresh ones of the same kind.
+# The middle bars are the honest score. Asked in other words, the leak is worth less, but not nothing: part of what was learned is the sentence, part the fact.
+#
+# How would you notice, from outside? Not by general quality: bits per byte on held-out text move a little, as any further training moves them. The mark of a leak is a gap between questions that could have leaked and fresh ones of the same kind.
 
 # %% id="evaluate-leak-gap"
 from minimind.metrics import evaluate_bits_per_byte, token_byte_lengths
@@ -1244,7 +1246,7 @@ print("base model: {:.3f} bits per byte, 95% interval {:.3f} to {:.3f}".format(*
 # - A score belongs to a model and a form: the same facts went from chance to nearly all right.
 # - Every share has an interval; near 0% and 100% take Wilson's. "Better than chance" needs the whole interval above chance.
 # - Two models on the same questions: only disagreements count (McNemar). Half the difference needs four times the questions.
-# - A leak shows as a gap between old and fresh questions; held-out bits per byte do not show it.
+# - A leak shows as a gap between old and fresh questions; bits per byte do not tell it from other training.
 #
 # **Words**: multiple choice by likelihood, length normalisation, prompt form, bootstrap, confidence interval, coverage, chance level, paired test, p-value, power, contamination, context extension.
 #
