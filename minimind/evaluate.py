@@ -23,8 +23,8 @@ from .data import DataError, Problems, data_rows
 def question_problem(row: dict) -> str | None:
     """What is wrong with one line of a test, in words; None if nothing is.
 
-    Known are {"prompt" or "ctx", "choices", "label"}, where "continuation" may follow each choice,
-    and {"prompt" or "ctx", "target"}.
+    Known are {"prompt" or "ctx", "choices", "label"}, where "continuation" may follow
+    each choice, and {"prompt" or "ctx", "target"}.
     """
     prompt, choices, label = row.get("prompt", row.get("ctx")), row.get("choices"), row.get("label")
     if not isinstance(prompt, str) or not (prompt.strip() or row.get("continuation")):
@@ -45,8 +45,8 @@ def question_problem(row: dict) -> str | None:
 def read_questions(source: str | Path, limit: int) -> dict[str, list[dict]]:
     """Tests of a file or folder by name, at most `limit` rows of each, evenly drawn.
 
-    Rows have "id", "prompt", and either "choices" and "label" or "target". Plain text, which is no test, is
-    left out. DataError lists all bad lines.
+    Rows have "id", "prompt", and either "choices" and "label" or "target". Plain text,
+    which is no test, is left out. DataError lists all bad lines.
     """
     problems, tests = Problems(), {}
     for file, line, row, problem in data_rows(source, "evals"):
@@ -56,22 +56,28 @@ def read_questions(source: str | Path, limit: int) -> dict[str, list[dict]]:
             problems.add(file, line, problem)
             continue
         name = Path(file).name.split(".")[0]
-        kept = {k: row[k] for k in ("choices", "label", "continuation", "target") if k in row}
+        kept = {k: row[k] for k in ("choices", "label", "continuation", "target")
+                if k in row}
         kept |= {"id": f"{name}:{line}", "prompt": row.get("prompt", row.get("ctx"))}
         tests.setdefault(name, []).append(kept)
     if problems.count:
         raise DataError(str(problems))
     thin = lambda rows: [rows[i * len(rows) // limit] for i in range(limit)]
-    return {name: thin(rows) if len(rows) > limit else rows for name, rows in tests.items()}
+    return {name: thin(rows) if len(rows) > limit else rows
+            for name, rows in tests.items()}
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-encode-pair
-def encode_pair(tokenizer, context: str | list[dict], continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of a context and of its continuation; spaces at the end of the context move to the continuation.
+def encode_pair(tokenizer, context: str | list[dict],
+                continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of a context and of its continuation; spaces at the end of the context move
+    to the continuation.
 
-    The rule of lm-eval. Messages go through the chat template. An empty context is the end-of-text token.
+    The rule of lm-eval. Messages go through the chat template. An empty context is the
+    end-of-text token.
     """
     if not isinstance(context, str):
-        return tokenizer.apply_chat_template(context, add_generation_prompt=True), tokenizer.encode(continuation)
+        return tokenizer.apply_chat_template(context,
+                                             add_generation_prompt=True), tokenizer.encode(continuation)
     bare = context.rstrip()
     continuation, before = context[len(bare) :] + continuation, tokenizer.encode(bare)
     if not before:
@@ -83,34 +89,45 @@ def encode_pair(tokenizer, context: str | list[dict], continuation: str) -> tupl
 def score_batch(
     model: nn.Module, rows: list[list[int]], sizes: list[int]
 ) -> tuple[list[float], list[bool]]:
-    """Of the last sizes[i] tokens of rows[i]: their ln p in nats, and whether each is the most likely one."""
+    """Of the last sizes[i] tokens of rows[i]: their ln p in nats, and whether each is
+    the most likely one.
+    """
     device, inputs = next(model.parameters()).device, {}
-    number = [inputs.setdefault(tuple(row[:-1]), len(inputs)) for row in rows]  # equal inputs are read once
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in inputs], batch_first=True)
+    # equal inputs are read once
+    number = [inputs.setdefault(tuple(row[:-1]), len(inputs)) for row in rows]
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in inputs],
+                                    batch_first=True)
     which = torch.tensor([i for i, size in zip(number, sizes) for _ in range(size)])
-    place = torch.tensor([len(row) - 1 - t for row, size in zip(rows, sizes) for t in range(size, 0, -1)])
-    target = torch.tensor([token for row, size in zip(rows, sizes) for token in row[-size:]])
+    place = torch.tensor([len(row) - 1 - t for row, size in zip(rows, sizes)
+                          for t in range(size, 0, -1)])
+    target = torch.tensor([token for row, size in zip(rows, sizes)
+                           for token in row[-size:]])
     logits = model(ids.to(device))[which.to(device), place.to(device)]  # (tokens, V)
     log_p = logits.float().log_softmax(-1).cpu()
     own, best = log_p.gather(1, target[:, None])[:, 0].double(), log_p.argmax(1) == target
-    return [x.sum().item() for x in own.split(sizes)], [bool(x.all()) for x in best.split(sizes)]
+    return [x.sum().item() for x in own.split(sizes)], [bool(x.all())
+                                                        for x in best.split(sizes)]
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-score-pairs
 def score_pairs(
     model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ln p(continuation | context) in nats for pairs of ids, and whether greedy choice would write it; (N,) each.
+    """ln p(continuation | context) in nats for pairs of ids, and whether greedy choice
+    would write it; (N,) each.
 
     Rows that are too long for the model lose their beginning, as in lm-eval.
     """
     room = model.config.max_position_embeddings + 1
     rows = [(context + continuation)[-room:] for context, continuation in pairs]
-    sizes = [min(len(continuation), len(row) - 1) for (_, continuation), row in zip(pairs, rows)]
+    sizes = [min(len(continuation), len(row) - 1)
+             for (_, continuation), row in zip(pairs, rows)]
     nats, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)
-    order = sorted(range(len(pairs)), key=lambda i: (len(rows[i]), rows[i]))  # equal lengths and equal inputs together
+    # equal lengths and equal inputs together
+    order = sorted(range(len(pairs)), key=lambda i: (len(rows[i]), rows[i]))
     for first in range(0, len(order), batch_size):
         some = order[first : first + batch_size]
-        nats[some], greedy[some] = score_batch(model, [rows[i] for i in some], [sizes[i] for i in some])
+        nats[some], greedy[some] = score_batch(model, [rows[i] for i in some],
+                                               [sizes[i] for i in some])
     return nats, greedy
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-render
@@ -119,18 +136,25 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def render(row: dict, form: str) -> list[tuple[str | list[dict], str]]:
-    """One (context, continuation) per option. A row may have a "stem": a sentence that the option ends."""
+    """One (context, continuation) per option. A row may have a "stem": a sentence that
+    the option ends.
+    """
     question, stem, choices = row["prompt"], row.get("stem"), row["choices"]
-    if "continuation" in row:  # the options are contexts, and what follows is the same: it has one form
+    # the options are contexts, and what follows is the same: it has one form
+    if "continuation" in row:
         return [(choice, " " + row["continuation"]) for choice in choices]
-    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
+    listed = "".join(f"\n{letter}. {choice}"
+                     for letter, choice in zip(LETTERS, choices))
     sentences = [f"{stem} {choice}." if stem else choice for choice in choices]
     ask = lambda text: [{"role": "user", "content": text}]
     forms = {
         "statement": (stem or question, [f" {choice}" for choice in choices]),
-        "question": (f"Question: {question}\nAnswer:", [f" {choice}" for choice in choices]),
-        "sentence": (f"Question: {question}\nAnswer:", [f" {sentence}" for sentence in sentences]),
-        "letters": (f"Question: {question}{listed}\nAnswer:", [f" {letter}" for letter in LETTERS[: len(choices)]]),
+        "question": (f"Question: {question}\nAnswer:",
+                     [f" {choice}" for choice in choices]),
+        "sentence": (f"Question: {question}\nAnswer:",
+                     [f" {sentence}" for sentence in sentences]),
+        "letters": (f"Question: {question}{listed}\nAnswer:",
+                    [f" {letter}" for letter in LETTERS[: len(choices)]]),
         "chat": (ask(question), sentences),
         "chat letters": (ask(question + listed), list(LETTERS[: len(choices)])),
     }
@@ -141,18 +165,25 @@ def render(row: dict, form: str) -> list[tuple[str | list[dict], str]]:
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-choose
 def choose(
-    model: nn.Module, tokenizer, questions: Sequence[dict], form: str = "statement", batch_size: int = 64
+    model: nn.Module, tokenizer, questions: Sequence[dict], form: str = "statement",
+    batch_size: int = 64
 ) -> list[dict]:
-    """Answer rows of "prompt", "choices", "label" by likelihood: the same rows with what was found.
+    """Answer rows of "prompt", "choices", "label" by likelihood: the same rows with
+    what was found.
 
-    "nats" of each option; "chosen" and "right" by the sum, "chosen_norm" and "right_norm" by nats per character.
+    "nats" of each option; "chosen" and "right" by the sum, "chosen_norm" and
+    "right_norm" by nats per character.
     """
-    pairs = [[encode_pair(tokenizer, *pair) for pair in render(row, form)] for row in questions]
+    pairs = [[encode_pair(tokenizer, *pair) for pair in render(row, form)]
+             for row in questions]
     nats, _ = score_pairs(model, [pair for some in pairs for pair in some], batch_size)
     ends, rows = np.cumsum([len(some) for some in pairs]), []
     for row, own in zip(questions, np.split(nats, ends[:-1])):
-        plain, norm = int(own.argmax()), int((own / [len(choice) for choice in row["choices"]]).argmax())
-        found = {"chosen": plain, "chosen_norm": norm, "right": plain == row["label"], "right_norm": norm == row["label"]}
+        plain, norm = int(own.argmax()), int((own
+                                              / [len(choice)
+                                                 for choice in row["choices"]]).argmax())
+        found = {"chosen": plain, "chosen_norm": norm, "right": plain == row["label"],
+                 "right_norm": norm == row["label"]}
         rows.append({**row, **found, "nats": own.tolist()})
     return rows
 
@@ -170,7 +201,9 @@ def share(rows: Sequence[dict], name: str = "right") -> float:
 def bootstrap(
     values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """Mean of values (N,), or sum(values) / sum(weights), and the ends of its 95% interval (Efron 1979)."""
+    """Mean of values (N,), or sum(values) / sum(weights), and the ends of its 95%
+    interval (Efron 1979).
+    """
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise ValueError("no values: an interval needs at least one answered question")
@@ -183,23 +216,32 @@ def bootstrap(
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-wilson
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson 1927); it holds near 0 and 1 too, where the bootstrap fails."""
+    """The 95% score interval of a share (Wilson 1927); it holds near 0 and 1 too, where
+    the bootstrap fails.
+    """
     if not 0 <= right <= total or total < 1:
-        raise ValueError(f"{right} right of {total}: expected 0 <= right <= total, and a question at least")
+        raise ValueError(f"{right} right of {total}: expected 0 <= right <= total, and "
+                         "a question at least")
     z, p = NormalDist().inv_cdf(0.975), right / total
     middle, scale = p + z * z / (2 * total), 1 + z * z / total
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
     low, high = (middle - half) / scale, (middle + half) / scale
-    return 0.0 if right == 0 else low, 1.0 if right == total else high  # exact ends, without rounding
+    # exact ends, without rounding
+    return 0.0 if right == 0 else low, 1.0 if right == total else high
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-chance-sentence
 def chance_level(rows: Sequence[dict]) -> float:
-    """The share that guessing gets right: the mean of 1 / number of options; 0 where there are none."""
-    return sum(1 / len(row["choices"]) for row in rows if "choices" in row) / max(1, len(rows))
+    """The share that guessing gets right: the mean of 1 / number of options; 0 where
+    there are none.
+    """
+    return sum(1 / len(row["choices"]) for row in rows
+               if "choices" in row) / max(1, len(rows))
 
 
 def chance_sentence(name: str, right: Sequence[bool], chance: float) -> str:
-    """The result of one test in words: "better than chance" only when the whole 95% interval lies above it."""
+    """The result of one test in words: "better than chance" only when the whole 95%
+    interval lies above it.
+    """
     low, high = wilson(sum(map(bool, right)), len(right))
     verdict = "better than" if low > chance else "worse than" if high < chance else "not different from"
     result = f"{sum(map(bool, right)) / len(right):.1%} of {len(right)} right"
@@ -210,11 +252,12 @@ def chance_sentence(name: str, right: Sequence[bool], chance: float) -> str:
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     """Two-sided exact p-value for two models on the same questions (McNemar 1947).
 
-    a, b: right or wrong on question i. Only questions on which they disagree count; if neither model is
-    better, each of these is a fair coin.
+    a, b: right or wrong on question i. Only questions on which they disagree count; if
+    neither model is better, each of these is a fair coin.
     """
     if len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} answers: a paired test needs the same questions")
+        raise ValueError(f"{len(a)} and {len(b)} answers: a paired test needs the same "
+                         "questions")
     only_a = sum(bool(x) and not y for x, y in zip(a, b))
     only_b = sum(bool(y) and not x for x, y in zip(a, b))
     n, few = only_a + only_b, min(only_a, only_b)
@@ -222,19 +265,25 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-paired-difference
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> dict[str, float]:
-    """How much better b is than a on the same questions: "difference", its 95% "low" and "high", "p" (McNemar)."""
+    """How much better b is than a on the same questions: "difference", its 95% "low"
+    and "high", "p" (McNemar).
+    """
     p = mcnemar(a, b)
-    difference, low, high = bootstrap(np.asarray(b, dtype=float) - np.asarray(a, dtype=float))
+    difference, low, high = bootstrap(np.asarray(b, dtype=float)
+                                      - np.asarray(a, dtype=float))
     return {"difference": difference, "low": low, "high": high, "p": p}
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-questions-needed
 def questions_needed(difference: float, variance: float, power: float = 0.8) -> int:
-    """Questions needed to see `difference` (0.02 is two points) at the 5% level with probability `power`.
+    """Questions needed to see `difference` (0.02 is two points) at the 5% level with
+    probability `power`.
 
-    variance of one question's difference: pa (1 - pa) + pb (1 - pb) for two separate tests; for the same
-    questions the share on which the models disagree, minus difference squared.
+    variance of one question's difference: pa (1 - pa) + pb (1 - pb) for two separate
+    tests; for the same questions the share on which the models disagree, minus
+    difference squared.
     """
     if difference == 0:
-        raise ValueError("difference=0: no number of questions shows a difference that is not there")
+        raise ValueError("difference=0: no number of questions shows a difference that "
+                         "is not there")
     z = NormalDist().inv_cdf
     return math.ceil((z(0.975) + z(power)) ** 2 * variance / difference**2)

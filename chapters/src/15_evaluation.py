@@ -21,7 +21,8 @@ profile = "cpu"
 # %% id="evaluate-opening-picture"
 import matplotlib.pyplot as plt
 
-steps = ["a question\nin words (15.3)", "a likelihood per\noption (15.2)", "right or\nwrong",
+steps = ["a question\nin words (15.3)", "a likelihood per\noption (15.2)",
+         "right or\nwrong",
          "a share with an\ninterval (15.4)", "a difference,\nor noise (15.5)"]
 box = {"boxstyle": "round,pad=0.35", "fc": "#f5e6cf", "ec": "black"}
 fig, ax = plt.subplots(figsize=(7, 1.5))
@@ -34,7 +35,8 @@ ax.text(2, -0.42, "do other tools agree? (15.7)", ha="center", fontsize=7.5)
 ax.text(4, -0.42, "in which form? (15.3)", ha="center", fontsize=7.5)
 ax.set(xlim=(-0.7, 4.7), ylim=(-0.55, 0.4))
 ax.axis("off")
-show(fig, "From a question to a claim about two models: each box can change the result, and each has its section.")
+show(fig, "From a question to a claim about two models: each box can change the "
+          "result, and each has its section.")
 
 # %% id="evaluate-default-exp"
 #| default_exp evaluate
@@ -63,8 +65,8 @@ from minimind.data import DataError, Problems, data_rows
 def question_problem(row: dict) -> str | None:
     """What is wrong with one line of a test, in words; None if nothing is.
 
-    Known are {"prompt" or "ctx", "choices", "label"}, where "continuation" may follow each choice,
-    and {"prompt" or "ctx", "target"}.
+    Known are {"prompt" or "ctx", "choices", "label"}, where "continuation" may follow
+    each choice, and {"prompt" or "ctx", "target"}.
     """
     prompt, choices, label = row.get("prompt", row.get("ctx")), row.get("choices"), row.get("label")
     if not isinstance(prompt, str) or not (prompt.strip() or row.get("continuation")):
@@ -89,8 +91,8 @@ def question_problem(row: dict) -> str | None:
 def read_questions(source: str | Path, limit: int) -> dict[str, list[dict]]:
     """Tests of a file or folder by name, at most `limit` rows of each, evenly drawn.
 
-    Rows have "id", "prompt", and either "choices" and "label" or "target". Plain text, which is no test, is
-    left out. DataError lists all bad lines.
+    Rows have "id", "prompt", and either "choices" and "label" or "target". Plain text,
+    which is no test, is left out. DataError lists all bad lines.
     """
     problems, tests = Problems(), {}
     for file, line, row, problem in data_rows(source, "evals"):
@@ -100,13 +102,15 @@ def read_questions(source: str | Path, limit: int) -> dict[str, list[dict]]:
             problems.add(file, line, problem)
             continue
         name = Path(file).name.split(".")[0]
-        kept = {k: row[k] for k in ("choices", "label", "continuation", "target") if k in row}
+        kept = {k: row[k] for k in ("choices", "label", "continuation", "target")
+                if k in row}
         kept |= {"id": f"{name}:{line}", "prompt": row.get("prompt", row.get("ctx"))}
         tests.setdefault(name, []).append(kept)
     if problems.count:
         raise DataError(str(problems))
     thin = lambda rows: [rows[i * len(rows) // limit] for i in range(limit)]
-    return {name: thin(rows) if len(rows) > limit else rows for name, rows in tests.items()}
+    return {name: thin(rows) if len(rows) > limit else rows
+            for name, rows in tests.items()}
 
 # %% [markdown]
 # Three bad lines, as a reader would get them:
@@ -115,8 +119,10 @@ def read_questions(source: str | Path, limit: int) -> dict[str, list[dict]]:
 import json
 
 bad = chapter.work / "bad.jsonl"
-lines = [{"prompt": "2 + 2 =", "choices": ["4", "5"], "label": 0}, {"prompt": "2 + 3 =", "choices": ["4", "5"], "label": 2},
-         {"prompt": "2 + 4 =", "choices": "6", "label": 0}, {"choices": ["4", "5"], "label": 0}]
+lines = [{"prompt": "2 + 2 =", "choices": ["4", "5"], "label": 0},
+         {"prompt": "2 + 3 =", "choices": ["4", "5"], "label": 2},
+         {"prompt": "2 + 4 =", "choices": "6", "label": 0},
+         {"choices": ["4", "5"], "label": 0}]
 bad.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
 try:
     read_questions(bad, limit=100)
@@ -132,7 +138,8 @@ else:
 evals = Path(chapter.data) / "evals"
 evals = evals / "mini" if (evals / "mini").is_dir() else evals
 tests = read_questions(evals, chapter.size.test_rows) if evals.is_dir() else {}
-print(f"{len(tests)} tests in evals/" if tests else "no tests of your own: the world is the test")
+print(f"{len(tests)} tests in evals/" if tests
+      else "no tests of your own: the world is the test")
 
 # %% [markdown]
 # Now the models. `chapter.stages()` finds what the earlier chapters have made; pretrained and fine-tuned models are always there, since small ones
@@ -161,13 +168,15 @@ from minimind.pretrain import facts_known
 
 def read_list(path):
     """The lines of a list that came with the world; other data have none."""
-    return [json.loads(line) for line in path.open(encoding="utf-8")] if path.exists() else []
+    return [json.loads(line)
+            for line in path.open(encoding="utf-8")] if path.exists() else []
 
 facts, asked = read_list(data / "facts.jsonl"), read_list(data / "questions.jsonl")
 models, known = {"base": base, "chat": chat_model}, {}
 for name, model in models.items():
     known[name] = [row["known"] for row in facts_known(model, tokenizer, facts)[1]]
-    print(f"{name}: {sum(known[name])} of {len(facts)} facts completed" if facts else "this data has no list of facts")
+    print(f"{name}: {sum(known[name])} of {len(facts)} facts completed" if facts
+          else "this data has no list of facts")
 
 # %% [markdown]
 # Two numbers that differ. They always do: another seed, another hundred people, another sentence form, and both move. Is this
@@ -209,15 +218,18 @@ def from_text(i, halves, rng):
 # The list that this chapter asks, and its first entry:
 
 # %% id="evaluate-questions"
-valid_texts = list(islice(read_texts(data / "pretrain" / "valid.jsonl.gz"), chapter.size.valid_documents))
+valid_texts = list(islice(read_texts(data / "pretrain" / "valid.jsonl.gz"),
+                          chapter.size.valid_documents))
 rng = random.Random(15)
 is_choice = lambda row: "choices" in row and "continuation" not in row
 choice_tests = {name: rows for name, rows in tests.items() if is_choice(rows[0])}
 if facts:
-    questions = [from_facts(fact, question, rng) for fact, question in zip(facts, asked)]
+    questions = [from_facts(fact, question, rng)
+                 for fact, question in zip(facts, asked)]
 elif choice_tests:
     every = [row for rows in choice_tests.values() for row in rows]
-    usual = int(np.bincount([len(row["choices"]) for row in every]).argmax())  # one chance level for all
+    # one chance level for all
+    usual = int(np.bincount([len(row["choices"]) for row in every]).argmax())
     questions = [row for row in every if len(row["choices"]) == usual]
     rng.shuffle(questions)
 if not facts and not choice_tests:
@@ -251,13 +263,17 @@ for option, nats in zip(first["choices"], slow):
 
 # %% id="evaluate-encode-pair"
 #| export
-def encode_pair(tokenizer, context: str | list[dict], continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of a context and of its continuation; spaces at the end of the context move to the continuation.
+def encode_pair(tokenizer, context: str | list[dict],
+                continuation: str) -> tuple[list[int], list[int]]:
+    """Ids of a context and of its continuation; spaces at the end of the context move
+    to the continuation.
 
-    The rule of lm-eval. Messages go through the chat template. An empty context is the end-of-text token.
+    The rule of lm-eval. Messages go through the chat template. An empty context is the
+    end-of-text token.
     """
     if not isinstance(context, str):
-        return tokenizer.apply_chat_template(context, add_generation_prompt=True), tokenizer.encode(continuation)
+        return tokenizer.apply_chat_template(context,
+                                             add_generation_prompt=True), tokenizer.encode(continuation)
     bare = context.rstrip()
     continuation, before = context[len(bare) :] + continuation, tokenizer.encode(bare)
     if not before:
@@ -270,7 +286,8 @@ def encode_pair(tokenizer, context: str | list[dict], continuation: str) -> tupl
 # %% id="evaluate-border"
 pair = encode_pair(tokenizer, "Garus lives in", " Foxhollow")
 assert pair == encode_pair(tokenizer, "Garus lives in ", "Foxhollow")
-print([tokenizer.decode([t]) for t in pair[0]], "|", [tokenizer.decode([t]) for t in pair[1]])
+print([tokenizer.decode([t]) for t in pair[0]], "|",
+      [tokenizer.decode([t]) for t in pair[1]])
 
 # %% [markdown]
 # The other is speed: thousands of short rows of unequal length. They are sorted, so that equal lengths stand together, and padded on the right, where a causal model cannot look. Options of
@@ -282,17 +299,24 @@ print([tokenizer.decode([t]) for t in pair[0]], "|", [tokenizer.decode([t]) for 
 def score_batch(
     model: nn.Module, rows: list[list[int]], sizes: list[int]
 ) -> tuple[list[float], list[bool]]:
-    """Of the last sizes[i] tokens of rows[i]: their ln p in nats, and whether each is the most likely one."""
+    """Of the last sizes[i] tokens of rows[i]: their ln p in nats, and whether each is
+    the most likely one.
+    """
     device, inputs = next(model.parameters()).device, {}
-    number = [inputs.setdefault(tuple(row[:-1]), len(inputs)) for row in rows]  # equal inputs are read once
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in inputs], batch_first=True)
+    # equal inputs are read once
+    number = [inputs.setdefault(tuple(row[:-1]), len(inputs)) for row in rows]
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in inputs],
+                                    batch_first=True)
     which = torch.tensor([i for i, size in zip(number, sizes) for _ in range(size)])
-    place = torch.tensor([len(row) - 1 - t for row, size in zip(rows, sizes) for t in range(size, 0, -1)])
-    target = torch.tensor([token for row, size in zip(rows, sizes) for token in row[-size:]])
+    place = torch.tensor([len(row) - 1 - t for row, size in zip(rows, sizes)
+                          for t in range(size, 0, -1)])
+    target = torch.tensor([token for row, size in zip(rows, sizes)
+                           for token in row[-size:]])
     logits = model(ids.to(device))[which.to(device), place.to(device)]  # (tokens, V)
     log_p = logits.float().log_softmax(-1).cpu()
     own, best = log_p.gather(1, target[:, None])[:, 0].double(), log_p.argmax(1) == target
-    return [x.sum().item() for x in own.split(sizes)], [bool(x.all()) for x in best.split(sizes)]
+    return [x.sum().item() for x in own.split(sizes)], [bool(x.all())
+                                                        for x in best.split(sizes)]
 
 # %% [markdown]
 # The second result says whether greedy generation would have written the option. And all pairs, in batches:
@@ -302,18 +326,22 @@ def score_batch(
 def score_pairs(
     model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ln p(continuation | context) in nats for pairs of ids, and whether greedy choice would write it; (N,) each.
+    """ln p(continuation | context) in nats for pairs of ids, and whether greedy choice
+    would write it; (N,) each.
 
     Rows that are too long for the model lose their beginning, as in lm-eval.
     """
     room = model.config.max_position_embeddings + 1
     rows = [(context + continuation)[-room:] for context, continuation in pairs]
-    sizes = [min(len(continuation), len(row) - 1) for (_, continuation), row in zip(pairs, rows)]
+    sizes = [min(len(continuation), len(row) - 1)
+             for (_, continuation), row in zip(pairs, rows)]
     nats, greedy = np.zeros(len(pairs)), np.zeros(len(pairs), dtype=bool)
-    order = sorted(range(len(pairs)), key=lambda i: (len(rows[i]), rows[i]))  # equal lengths and equal inputs together
+    # equal lengths and equal inputs together
+    order = sorted(range(len(pairs)), key=lambda i: (len(rows[i]), rows[i]))
     for first in range(0, len(order), batch_size):
         some = order[first : first + batch_size]
-        nats[some], greedy[some] = score_batch(model, [rows[i] for i in some], [sizes[i] for i in some])
+        nats[some], greedy[some] = score_batch(model, [rows[i] for i in some],
+                                               [sizes[i] for i in some])
     return nats, greedy
 
 # %% [markdown]
@@ -351,18 +379,25 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def render(row: dict, form: str) -> list[tuple[str | list[dict], str]]:
-    """One (context, continuation) per option. A row may have a "stem": a sentence that the option ends."""
+    """One (context, continuation) per option. A row may have a "stem": a sentence that
+    the option ends.
+    """
     question, stem, choices = row["prompt"], row.get("stem"), row["choices"]
-    if "continuation" in row:  # the options are contexts, and what follows is the same: it has one form
+    # the options are contexts, and what follows is the same: it has one form
+    if "continuation" in row:
         return [(choice, " " + row["continuation"]) for choice in choices]
-    listed = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
+    listed = "".join(f"\n{letter}. {choice}"
+                     for letter, choice in zip(LETTERS, choices))
     sentences = [f"{stem} {choice}." if stem else choice for choice in choices]
     ask = lambda text: [{"role": "user", "content": text}]
     forms = {
         "statement": (stem or question, [f" {choice}" for choice in choices]),
-        "question": (f"Question: {question}\nAnswer:", [f" {choice}" for choice in choices]),
-        "sentence": (f"Question: {question}\nAnswer:", [f" {sentence}" for sentence in sentences]),
-        "letters": (f"Question: {question}{listed}\nAnswer:", [f" {letter}" for letter in LETTERS[: len(choices)]]),
+        "question": (f"Question: {question}\nAnswer:",
+                     [f" {choice}" for choice in choices]),
+        "sentence": (f"Question: {question}\nAnswer:",
+                     [f" {sentence}" for sentence in sentences]),
+        "letters": (f"Question: {question}{listed}\nAnswer:",
+                    [f" {letter}" for letter in LETTERS[: len(choices)]]),
         "chat": (ask(question), sentences),
         "chat letters": (ask(question + listed), list(LETTERS[: len(choices)])),
     }
@@ -377,18 +412,25 @@ def render(row: dict, form: str) -> list[tuple[str | list[dict], str]]:
 # %% id="evaluate-choose"
 #| export
 def choose(
-    model: nn.Module, tokenizer, questions: Sequence[dict], form: str = "statement", batch_size: int = 64
+    model: nn.Module, tokenizer, questions: Sequence[dict], form: str = "statement",
+    batch_size: int = 64
 ) -> list[dict]:
-    """Answer rows of "prompt", "choices", "label" by likelihood: the same rows with what was found.
+    """Answer rows of "prompt", "choices", "label" by likelihood: the same rows with
+    what was found.
 
-    "nats" of each option; "chosen" and "right" by the sum, "chosen_norm" and "right_norm" by nats per character.
+    "nats" of each option; "chosen" and "right" by the sum, "chosen_norm" and
+    "right_norm" by nats per character.
     """
-    pairs = [[encode_pair(tokenizer, *pair) for pair in render(row, form)] for row in questions]
+    pairs = [[encode_pair(tokenizer, *pair) for pair in render(row, form)]
+             for row in questions]
     nats, _ = score_pairs(model, [pair for some in pairs for pair in some], batch_size)
     ends, rows = np.cumsum([len(some) for some in pairs]), []
     for row, own in zip(questions, np.split(nats, ends[:-1])):
-        plain, norm = int(own.argmax()), int((own / [len(choice) for choice in row["choices"]]).argmax())
-        found = {"chosen": plain, "chosen_norm": norm, "right": plain == row["label"], "right_norm": norm == row["label"]}
+        plain, norm = int(own.argmax()), int((own
+                                              / [len(choice)
+                                                 for choice in row["choices"]]).argmax())
+        found = {"chosen": plain, "chosen_norm": norm, "right": plain == row["label"],
+                 "right_norm": norm == row["label"]}
         rows.append({**row, **found, "nats": own.tolist()})
     return rows
 
@@ -428,7 +470,8 @@ forms = [form for form in FORMS if form != "sentence" or "stem" in first]
 for form in forms:
     context, continuation = render(first, form)[first["label"]]
     if not isinstance(context, str):
-        context = tokenizer.apply_chat_template(context, tokenize=False, add_generation_prompt=True)
+        context = tokenizer.apply_chat_template(context, tokenize=False,
+                                                add_generation_prompt=True)
     print(f"{form}\n    {context[:200]!r} + {continuation[:60]!r}")
 
 # %% [markdown]
@@ -437,10 +480,13 @@ for form in forms:
 # %% id="evaluate-forms"
 count = chapter.size.form_questions
 some = questions[:: max(1, len(questions) // count)][:count]
-by_form = {(name, form): choose(models[name], tokenizer, some, form) for name in models for form in forms}
-print(f"{'form':14}{'base':>8}{'norm':>8}{'chat':>8}{'norm':>8}   ({len(some)} questions)")
+by_form = {(name, form): choose(models[name], tokenizer, some, form) for name in models
+           for form in forms}
+print(f"{'form':14}{'base':>8}{'norm':>8}{'chat':>8}{'norm':>8}   ({len(some)} "
+      "questions)")
 for form in forms:
-    cells = [share(by_form[name, form], key) for name in models for key in ("right", "right_norm")]
+    cells = [share(by_form[name, form], key) for name in models
+             for key in ("right", "right_norm")]
     print(f"{form:14}" + "".join(f"{value:8.0%}" for value in cells))
 
 # %% [markdown]
@@ -448,15 +494,18 @@ for form in forms:
 
 # %% id="evaluate-forms-figure"
 fig, ax = plt.subplots(figsize=(7, 2.8))
-y, look = np.arange(len(forms)), {"base": {"color": "0.75", "hatch": "//"}, "chat": {"color": "C0"}}
+y, look = np.arange(len(forms)), {"base": {"color": "0.75", "hatch": "//"},
+                                  "chat": {"color": "C0"}}
 for shift, name in ((-0.2, "base"), (0.2, "chat")):
     shares = [share(by_form[name, form]) for form in forms]
     ax.barh(y + shift, shares, 0.38, label=name, **look[name])
 ax.axvline(1 / len(first["choices"]), color="black", ls=":")
-ax.set(yticks=y, yticklabels=forms, xlim=(0, 1.05), xlabel="share right (dotted: chance)")
+ax.set(yticks=y, yticklabels=forms, xlim=(0, 1.05),
+       xlabel="share right (dotted: chance)")
 ax.invert_yaxis()
 ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
-show(fig, "The same facts and the same models in six forms: the score depends on the form far more than on the model.")
+show(fig, "The same facts and the same models in six forms: the score depends on the "
+          "form far more than on the model.")
 
 # %% [markdown]
 # The spread from best to worst form, as a number:
@@ -472,15 +521,19 @@ spread = check("evaluate/form_spread", max(scores) - min(scores))
 # %% id="evaluate-letters-figure"
 count = lambda places: np.bincount(places, minlength=len(first["choices"])) / len(some)
 bars = {"right answers": count(rights(some, "label"))}
-bars |= {f"{name}'s choice": count(rights(by_form[name, "letters"], "chosen")) for name in models}
-looks = [{"color": "0.4"}, {"color": "0.8", "hatch": "//"}, {"color": "C0", "hatch": ".."}]
+bars |= {f"{name}'s choice": count(rights(by_form[name, "letters"], "chosen"))
+         for name in models}
+looks = [{"color": "0.4"}, {"color": "0.8", "hatch": "//"},
+         {"color": "C0", "hatch": ".."}]
 fig, ax = plt.subplots(figsize=(7, 2.3))
 for i, (name, heights) in enumerate(bars.items()):
     places = np.arange(len(heights)) + 0.27 * (i - 1)
     ax.bar(places, heights, 0.25, label=name, ec="black", lw=0.5, **looks[i])
-ax.set(xticks=range(len(heights)), xticklabels=LETTERS[: len(heights)], ylabel="share", xlabel="letter")
+ax.set(xticks=range(len(heights)), xticklabels=LETTERS[: len(heights)], ylabel="share",
+       xlabel="letter")
 ax.legend(fontsize=8)
-show(fig, "Letters: the right answers are spread evenly, the models' choices are not; they prefer a letter, whatever stands behind it.")
+show(fig, "Letters: the right answers are spread evenly, the models' choices are not; "
+          "they prefer a letter, whatever stands behind it.")
 
 # %% [markdown]
 # So a score belongs to a model *and* a form. Compare models only in the same form, and name it. On large models the spread is smaller but does not vanish: Sclar et al. (2023) found up to 76 points between forms that mean
@@ -508,7 +561,9 @@ for _ in range(4):
 def bootstrap(
     values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """Mean of values (N,), or sum(values) / sum(weights), and the ends of its 95% interval (Efron 1979)."""
+    """Mean of values (N,), or sum(values) / sum(weights), and the ends of its 95%
+    interval (Efron 1979).
+    """
     values = np.asarray(values, dtype=float)
     if not len(values):
         raise ValueError("no values: an interval needs at least one answered question")
@@ -526,7 +581,8 @@ def bootstrap(
 right = np.array(rights(by_form["chat", "question"]), dtype=float)
 p, low, high = bootstrap(right)
 half = 1.96 * math.sqrt(p * (1 - p) / len(right))
-print(f"share {p:.3f}, bootstrap {low:.3f} to {high:.3f}, formula {p - half:.3f} to {p + half:.3f}")
+print(f"share {p:.3f}, bootstrap {low:.3f} to {high:.3f}, formula {p - half:.3f} to "
+      f"{p + half:.3f}")
 assert abs(low - (p - half)) < 0.03 and abs(high - (p + half)) < 0.03
 
 # %% [markdown]
@@ -536,12 +592,14 @@ assert abs(low - (p - half)) < 0.03 and abs(high - (p + half)) < 0.03
 draw = np.random.default_rng(1)
 means = [right[draw.integers(len(right), size=len(right))].mean() for _ in range(2000)]
 fig, ax = plt.subplots(figsize=(7, 2.3))
-edges = np.arange(min(means) * len(right) - 0.5, max(means) * len(right) + 1) / len(right)  # a bar for each share
+edges = np.arange(min(means) * len(right) - 0.5,
+                  max(means) * len(right) + 1) / len(right)  # a bar for each share
 ax.hist(means, bins=edges, color="0.75", ec="white")
 for value, ls in ((p, "-"), (low, "--"), (high, "--")):
     ax.axvline(value, color="C1", ls=ls)
 ax.set(xlabel="share right when the questions are drawn again", ylabel="draws")
-show(fig, "Two thousand redrawn tests: the solid line is the measured share, 95% of the redrawn shares lie between the dashed lines.")
+show(fig, "Two thousand redrawn tests: the solid line is the measured share, 95% of "
+          "the redrawn shares lie between the dashed lines.")
 
 # %% [markdown]
 # ### Where the bootstrap fails
@@ -558,21 +616,27 @@ print("bootstrap:", bootstrap([1] * 20))
 # %% id="evaluate-wilson"
 #| export
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson 1927); it holds near 0 and 1 too, where the bootstrap fails."""
+    """The 95% score interval of a share (Wilson 1927); it holds near 0 and 1 too, where
+    the bootstrap fails.
+    """
     if not 0 <= right <= total or total < 1:
-        raise ValueError(f"{right} right of {total}: expected 0 <= right <= total, and a question at least")
+        raise ValueError(f"{right} right of {total}: expected 0 <= right <= total, and "
+                         "a question at least")
     z, p = NormalDist().inv_cdf(0.975), right / total
     middle, scale = p + z * z / (2 * total), 1 + z * z / total
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total**2))
     low, high = (middle - half) / scale, (middle + half) / scale
-    return 0.0 if right == 0 else low, 1.0 if right == total else high  # exact ends, without rounding
+    # exact ends, without rounding
+    return 0.0 if right == 0 else low, 1.0 if right == total else high
 
 # %% [markdown]
 # A 95% interval should hold the truth 95 times in 100. Count it, with simulated models whose true share we know:
 
 # %% id="evaluate-coverage"
 def coverage(truth, n, trials=150):
-    """How often each interval holds the true share, over simulated tests of n questions."""
+    """How often each interval holds the true share, over simulated tests of n
+    questions.
+    """
     rng, hits = np.random.default_rng(3), np.zeros(2)
     for _ in range(trials):
         answers = rng.random(n) < truth
@@ -582,7 +646,8 @@ def coverage(truth, n, trials=150):
 
 held = {truth: coverage(truth, n=60) for truth in (0.5, 0.9, 0.98)}
 for truth, (boot, score) in held.items():
-    print(f"true share {truth:.0%}: bootstrap holds it {boot:.0%} of the time, Wilson {score:.0%}")
+    print(f"true share {truth:.0%}: bootstrap holds it {boot:.0%} of the time, Wilson "
+          f"{score:.0%}")
 assert held[0.98][0] < 0.85 < held[0.98][1]
 
 # %% [markdown]
@@ -595,12 +660,17 @@ assert held[0.98][0] < 0.85 < held[0.98][1]
 # %% id="evaluate-chance-sentence"
 #| export
 def chance_level(rows: Sequence[dict]) -> float:
-    """The share that guessing gets right: the mean of 1 / number of options; 0 where there are none."""
-    return sum(1 / len(row["choices"]) for row in rows if "choices" in row) / max(1, len(rows))
+    """The share that guessing gets right: the mean of 1 / number of options; 0 where
+    there are none.
+    """
+    return sum(1 / len(row["choices"]) for row in rows
+               if "choices" in row) / max(1, len(rows))
 
 
 def chance_sentence(name: str, right: Sequence[bool], chance: float) -> str:
-    """The result of one test in words: "better than chance" only when the whole 95% interval lies above it."""
+    """The result of one test in words: "better than chance" only when the whole 95%
+    interval lies above it.
+    """
     low, high = wilson(sum(map(bool, right)), len(right))
     verdict = "better than" if low > chance else "worse than" if high < chance else "not different from"
     result = f"{sum(map(bool, right)) / len(right):.1%} of {len(right)} right"
@@ -614,7 +684,8 @@ def chance_sentence(name: str, right: Sequence[bool], chance: float) -> str:
 for form in forms:
     rows = by_form["chat", form]
     print(chance_sentence(form, rights(rows), chance_level(rows)))
-assert "not different" in chance_sentence("five of ten, two options", [1] * 5 + [0] * 5, 0.5)
+assert "not different" in chance_sentence("five of ten, two options", [1] * 5 + [0] * 5,
+                                          0.5)
 
 # %% [markdown]
 # And the tests in your `evals/` folder, if there are any. A test with a `target` instead of options counts what greedy generation would complete, where guessing gets nothing.
@@ -641,7 +712,8 @@ for name, rows in own.items():
 for name, rows in choice_tests.items():
     labels = np.bincount(rights(rows, "label")) / len(rows)
     if labels.max() > chance_level(rows) + 0.07:
-        print(f"{name}: always option {labels.argmax()} gets {labels.max():.0%}, guessing {chance_level(rows):.0%}")
+        print(f"{name}: always option {labels.argmax()} gets {labels.max():.0%}, "
+              f"guessing {chance_level(rows):.0%}")
 
 # %% [markdown]
 # **Exercise 15.4 (15 min, ★★).** How many of 20 tests of pure guessing come out "better than chance"? Simulate a thousand times.
@@ -679,11 +751,12 @@ print(f"both right {both}, both wrong {neither}, only base {only_a}, only chat {
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> float:
     """Two-sided exact p-value for two models on the same questions (McNemar 1947).
 
-    a, b: right or wrong on question i. Only questions on which they disagree count; if neither model is
-    better, each of these is a fair coin.
+    a, b: right or wrong on question i. Only questions on which they disagree count; if
+    neither model is better, each of these is a fair coin.
     """
     if len(a) != len(b):
-        raise ValueError(f"{len(a)} and {len(b)} answers: a paired test needs the same questions")
+        raise ValueError(f"{len(a)} and {len(b)} answers: a paired test needs the same "
+                         "questions")
     only_a = sum(bool(x) and not y for x, y in zip(a, b))
     only_b = sum(bool(y) and not x for x, y in zip(a, b))
     n, few = only_a + only_b, min(only_a, only_b)
@@ -728,9 +801,12 @@ except ImportError:
 # %% id="evaluate-paired-difference"
 #| export
 def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> dict[str, float]:
-    """How much better b is than a on the same questions: "difference", its 95% "low" and "high", "p" (McNemar)."""
+    """How much better b is than a on the same questions: "difference", its 95% "low"
+    and "high", "p" (McNemar).
+    """
     p = mcnemar(a, b)
-    difference, low, high = bootstrap(np.asarray(b, dtype=float) - np.asarray(a, dtype=float))
+    difference, low, high = bootstrap(np.asarray(b, dtype=float)
+                                      - np.asarray(a, dtype=float))
     return {"difference": difference, "low": low, "high": high, "p": p}
 
 # %% [markdown]
@@ -743,7 +819,8 @@ for form in ("question", "letters", "chat"):
 differences = {name: paired_difference(*pair) for name, pair in results.items()}
 for name, d in differences.items():
     verdict = "a difference" if d["p"] < 0.05 else "noise"
-    print(f"{name:9} {d['difference']:+6.1%} ({d['low']:+.1%} to {d['high']:+.1%})  p = {d['p']:.2g}  {verdict}")
+    print(f"{name:9} {d['difference']:+6.1%} ({d['low']:+.1%} to {d['high']:+.1%})  p "
+          f"= {d['p']:.2g}  {verdict}")
 
 # %% [markdown]
 # Drawn, with the naive interval that ignores the pairing beside it:
@@ -753,16 +830,21 @@ def unpaired(a, b):
     """Half width of the interval when the two lists are taken as two separate tests."""
     return 1.96 * math.sqrt(np.var(a) / len(a) + np.var(b) / len(b))
 
-d = 100 * np.array([[d["difference"], d["low"], d["high"]] for d in differences.values()]).T
+d = 100 * np.array([[d["difference"], d["low"], d["high"]]
+                    for d in differences.values()]).T
 half, y = [100 * unpaired(*pair) for pair in results.values()], np.arange(len(results))
 fig, ax = plt.subplots(figsize=(7, 0.5 * len(results) + 1.2))
-ax.errorbar(d[0], y + 0.15, xerr=half, fmt="s", color="0.6", capsize=3, label="unpaired")
-ax.errorbar(d[0], y - 0.15, xerr=np.abs(d[1:] - d[0]), fmt="o", color="C0", capsize=3, label="paired")
+ax.errorbar(d[0], y + 0.15, xerr=half, fmt="s", color="0.6", capsize=3,
+            label="unpaired")
+ax.errorbar(d[0], y - 0.15, xerr=np.abs(d[1:] - d[0]), fmt="o", color="C0", capsize=3,
+            label="paired")
 ax.axvline(0, color="black", lw=0.8)
-ax.set(yticks=range(len(results)), yticklabels=list(results), xlabel="chat minus base (points)",
+ax.set(yticks=range(len(results)), yticklabels=list(results),
+       xlabel="chat minus base (points)",
        ylim=(-0.6, len(results) - 0.4))
 ax.legend()
-show(fig, "Differences between the two models with 95% intervals: the paired one is the narrower one where most answers agree.")
+show(fig, "Differences between the two models with 95% intervals: the paired one is "
+          "the narrower one where most answers agree.")
 
 # %% [markdown]
 # If facts are in the list, the first line answers 15.1: in the models that ship with the course, fine-tuning did cost facts, about three in a hundred, although the two separate intervals overlap. Overlapping intervals are no proof
@@ -779,13 +861,16 @@ show(fig, "Differences between the two models with 95% intervals: the paired one
 # %% id="evaluate-questions-needed"
 #| export
 def questions_needed(difference: float, variance: float, power: float = 0.8) -> int:
-    """Questions needed to see `difference` (0.02 is two points) at the 5% level with probability `power`.
+    """Questions needed to see `difference` (0.02 is two points) at the 5% level with
+    probability `power`.
 
-    variance of one question's difference: pa (1 - pa) + pb (1 - pb) for two separate tests; for the same
-    questions the share on which the models disagree, minus difference squared.
+    variance of one question's difference: pa (1 - pa) + pb (1 - pb) for two separate
+    tests; for the same questions the share on which the models disagree, minus
+    difference squared.
     """
     if difference == 0:
-        raise ValueError("difference=0: no number of questions shows a difference that is not there")
+        raise ValueError("difference=0: no number of questions shows a difference that "
+                         "is not there")
     z = NormalDist().inv_cdf
     return math.ceil((z(0.975) + z(power)) ** 2 * variance / difference**2)
 
@@ -799,7 +884,8 @@ def two_tests(d, p=0.7):
 
 for d in (0.01, 0.02, 0.05, 0.09):
     both = questions_needed(d, 0.1 - d * d)
-    print(f"{100 * d:.0f} points: {two_tests(d):6,} questions in each of two tests, {both:5,} asked of both")
+    print(f"{100 * d:.0f} points: {two_tests(d):6,} questions in each of two tests, "
+          f"{both:5,} asked of both")
 
 # %% [markdown]
 # As curves:
@@ -810,13 +896,15 @@ fig, ax = plt.subplots(figsize=(7, 2.7))
 ax.loglog(100 * d, [two_tests(x) for x in d], label="two separate tests")
 for u in (0.2, 0.1, 0.05):
     fit = d[d < u]
-    ax.loglog(100 * fit, [questions_needed(x, u - x * x) for x in fit], label=f"paired, disagree on {u:.0%}")
+    ax.loglog(100 * fit, [questions_needed(x, u - x * x) for x in fit],
+              label=f"paired, disagree on {u:.0%}")
 ax.axhline(200, color="0.5", lw=0.8)
 ax.text(0.5, 215, "a test of 200 questions", fontsize=8)
 ax.set(xlabel="difference (points)", ylabel="questions needed")
 ax.set_xticks([0.5, 1, 2, 5, 10], ["0.5", "1", "2", "5", "10"])
 ax.legend(fontsize=8)
-show(fig, "Half the difference needs four times the questions; asking both models the same ones saves most of them.")
+show(fig, "Half the difference needs four times the questions; asking both models the "
+          "same ones saves most of them.")
 
 # %% [markdown]
 # In a live notebook, plan a test of your own:
@@ -826,7 +914,8 @@ def plan(difference=5.0, disagree=10, share_a=70):
     """Questions needed, by both designs; difference in points, shares in percent."""
     d, u, p = difference / 100, disagree / 100, share_a / 100
     print(f"two separate tests: {two_tests(d, min(p, 1 - d)):,} questions each")
-    print(f"paired: {questions_needed(d, u - d * d):,}" if u > d else "they must disagree on more than the difference")
+    print(f"paired: {questions_needed(d, u - d * d):,}" if u > d
+          else "they must disagree on more than the difference")
 
 try:
     from ipywidgets import interact
@@ -842,7 +931,8 @@ def power(d, u, n, trials=1000):
     """Share of simulated tests of n questions in which McNemar's p is below 0.05."""
     rng, found = np.random.default_rng(7), 0
     for _ in range(trials):
-        kind = rng.choice(3, size=n, p=[(u - d) / 2, (u + d) / 2, 1 - u])  # only a, only b, the same
+        # only a, only b, the same
+        kind = rng.choice(3, size=n, p=[(u - d) / 2, (u + d) / 2, 1 - u])
         found += mcnemar(kind == 0, kind == 1) < 0.05
     return found / trials
 
@@ -862,18 +952,23 @@ found = check("evaluate/power", power(0.05, 0.1, n, chapter.size.trials))
 
 # %% id="evaluate-strangers"
 def stranger(name, relation, rng):
-    """A question about nobody, with an answer drawn by lot, and the same question in other words."""
+    """A question about nobody, with an answer drawn by lot, and the same question in
+    other words.
+    """
     first, other = rng.sample(ASKS[relation], 2)
-    row = {"id": f"{name} {relation}", "prompt": first.format(n=name), "other": other.format(n=name)}
+    row = {"id": f"{name} {relation}", "prompt": first.format(n=name),
+           "other": other.format(n=name)}
     values = VALUES[relation].split("|")
     return row | options(rng.choice(values), values, rng)
 
 people = {fact["person"] for fact in facts}
 names = [name for name in make_names(1000, random.Random(15)) if name not in people]
-secret = [stranger(name, list(VALUES)[i % 5], rng) for i, name in enumerate(names)] if facts else questions
+secret = [stranger(name, list(VALUES)[i % 5], rng)
+          for i, name in enumerate(names)] if facts else questions
 secret = secret[: chapter.size.leak_questions]
 leaked, clean = secret[::2], secret[1::2]
-print(len(leaked), "leaked,", len(clean), "kept back; a leaked one:", render(leaked[0], "question")[leaked[0]["label"]])
+print(len(leaked), "leaked,", len(clean), "kept back; a leaked one:",
+      render(leaked[0], "question")[leaked[0]["label"]])
 
 # %% [markdown]
 # One half of the test goes into the training text, question and right answer, many times; every other batch is ordinary text, as before.
@@ -897,11 +992,14 @@ def repeated(rows, tokens):
 
 def stream(texts):
     """Texts as one row of ids."""
-    return np.concatenate([np.array([*ids, tokenizer.eos_id]) for ids in tokenizer.encode_batch(texts)])
+    return np.concatenate([np.array([*ids, tokenizer.eos_id])
+                           for ids in tokenizer.encode_batch(texts)])
 
 context, batch = chapter.size.leak_context, chapter.size.leak_batch
-train_texts = list(islice(read_texts(data / "pretrain" / "train.jsonl.gz"), chapter.size.replay_documents))
-leak = PackedTokens(repeated(leaked, 40 * context), context, batch, device=chapter.device)
+train_texts = list(islice(read_texts(data / "pretrain" / "train.jsonl.gz"),
+                          chapter.size.replay_documents))
+leak = PackedTokens(repeated(leaked, 40 * context), context, batch,
+                    device=chapter.device)
 text = PackedTokens(stream(train_texts), context, batch, device=chapter.device)
 
 # %% [markdown]
@@ -909,8 +1007,10 @@ text = PackedTokens(stream(train_texts), context, batch, device=chapter.device)
 
 # %% id="evaluate-leak-train"
 cheat = load("pretrain")
-config = TrainConfig(chapter.size.leak_steps, learning_rate=1e-3, precision=chapter.settings.precision)
-history = train(cheat, Replay(leak, text, 0.5), pretrain_loss, config, max_steps=chapter.max_steps)
+config = TrainConfig(chapter.size.leak_steps, learning_rate=1e-3,
+                     precision=chapter.settings.precision)
+history = train(cheat, Replay(leak, text, 0.5), pretrain_loss, config,
+                max_steps=chapter.max_steps)
 cheat.eval()
 print(f"{history.step[-1]} steps in {history.seconds[-1]:.0f} s")
 
@@ -932,17 +1032,21 @@ for (who, model), (name, (rows, form)) in product(readers.items(), groups.items(
 # As a picture:
 
 # %% id="evaluate-leak-figure"
-looks = {"base": {"color": "0.8", "hatch": "//"}, "trained on the test": {"color": "C1"}}
+looks = {"base": {"color": "0.8", "hatch": "//"},
+         "trained on the test": {"color": "C1"}}
 fig, ax = plt.subplots(figsize=(7, 2.5))
 for shift, who in ((-0.18, "base"), (0.18, "trained on the test")):
     means = np.array([np.mean(leak_rows[who, name]) for name in groups])
-    ends = np.array([wilson(sum(leak_rows[who, name]), len(leak_rows[who, name])) for name in groups]).T
-    style = {"yerr": np.abs(ends - means), "capsize": 3, "ec": "black", "lw": 0.5, **looks[who]}
+    ends = np.array([wilson(sum(leak_rows[who, name]), len(leak_rows[who, name]))
+                     for name in groups]).T
+    style = {"yerr": np.abs(ends - means), "capsize": 3, "ec": "black", "lw": 0.5,
+             **looks[who]}
     ax.bar(np.arange(3) + shift, means, 0.34, label=who, **style)
 ax.axhline(chance_level(leaked), color="black", ls=":")
 ax.set(xticks=range(3), xticklabels=list(groups), ylabel="share right", ylim=(0, 1.1))
 ax.legend(loc="upper right", fontsize=8)
-show(fig, "A model trained on half of the test: high on what it has read, at chance (dotted) on what was kept back.")
+show(fig, "A model trained on half of the test: high on what it has read, at chance "
+          "(dotted) on what was kept back.")
 
 # %% [markdown]
 # The middle bars are the honest score. Asked in other words, the leak is worth less, but not nothing: part of what was learned is the sentence, part the fact.
@@ -957,10 +1061,13 @@ valid_tokens = torch.tensor(stream(valid_texts)[: chapter.size.valid_tokens + 1]
 
 def bits_per_byte_of(model, tokens=valid_tokens, context=chapter.size.context):
     """Bits per byte in rows of `context` tokens."""
-    return evaluate_bits_per_byte(model, tokens, byte_lengths, context, max(1, 8192 // context), chapter.amp)
+    return evaluate_bits_per_byte(model, tokens, byte_lengths, context,
+                                  max(1, 8192 // context), chapter.amp)
 
-print(f"bits per byte: base {bits_per_byte_of(base):.3f}, trained on the test {bits_per_byte_of(cheat):.3f}")
-old, fresh = (np.mean(leak_rows["trained on the test", name]) for name in ("leaked", "kept back"))
+print(f"bits per byte: base {bits_per_byte_of(base):.3f}, trained on the test "
+      f"{bits_per_byte_of(cheat):.3f}")
+old, fresh = (np.mean(leak_rows["trained on the test", name])
+              for name in ("leaked", "kept back"))
 gap = check("evaluate/leak_gap", old - fresh)
 
 # %% [markdown]
@@ -973,7 +1080,8 @@ test_texts = [tokenizer.decode(solved(row)[:-1]) for row in leaked]
 before = train_texts[:500]
 found = overlapping(before + test_texts[:20], test_texts, size=6)
 planted = sum(i >= len(before) for i in found)
-print(f"six words in a row as in the test: {len(found) - planted} of {len(before)} ordinary texts, {planted} of 20 planted")
+print(f"six words in a row as in the test: {len(found) - planted} of {len(before)} "
+      f"ordinary texts, {planted} of 20 planted")
 
 # %% [markdown]
 # **Exercise 15.6 (25 min, ★★★).** How often must an answer be read to be known? Leak 1, 4 and 16 times, and draw the curve.
@@ -991,15 +1099,21 @@ import yaml
 def write_task(folder, name, rows, form):
     """Rows as a local task of lm-eval: NAME.yaml and NAME.jsonl."""
     contexts = [render(row, form)[0][0] for row in rows]
-    lines = [{"context": c, "choices": row["choices"], "label": row["label"]} for c, row in zip(contexts, rows)]
-    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    lines = [{"context": c, "choices": row["choices"], "label": row["label"]}
+             for c, row in zip(contexts, rows)]
+    (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)),
+                                          encoding="utf-8")
     file = {"data_files": {"test": str(folder / f"{name}.jsonl")}}
-    task = {"task": name, "dataset_path": "json", "dataset_kwargs": file, "test_split": "test",
-            "output_type": "multiple_choice", "doc_to_text": "{{context}}", "doc_to_choice": "{{choices}}",
+    task = {"task": name, "dataset_path": "json", "dataset_kwargs": file,
+            "test_split": "test",
+            "output_type": "multiple_choice", "doc_to_text": "{{context}}",
+            "doc_to_choice": "{{choices}}",
             "doc_to_target": "label", "target_delimiter": " ", "metric_list": []}
     for metric in ("acc", "acc_norm"):
-        task["metric_list"].append({"metric": metric, "aggregation": "mean", "higher_is_better": True})
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
+        task["metric_list"].append({"metric": metric, "aggregation": "mean",
+                                    "higher_is_better": True})
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task, sort_keys=False),
+                                         encoding="utf-8")
 
 tasks = chapter.work / "tasks"
 tasks.mkdir(exist_ok=True)
@@ -1032,7 +1146,9 @@ import subprocess
 import sys
 
 def lm_eval_rows(model, folder, name):
-    """What lm-eval finds for each question of a local task: "acc", "acc_norm", "nats" of each option."""
+    """What lm-eval finds for each question of a local task: "acc", "acc_norm", "nats"
+    of each option.
+    """
     out = folder / "found.json"
     quiet = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
     command = [sys.executable, "-c", SCRIPT, model, folder, name, out]
@@ -1056,9 +1172,12 @@ else:
 if theirs:
     ours = by_form["base", "question"]
     apart = sum(x != y for x, y in zip(rights(theirs, "acc"), rights(ours)))
-    apart += sum(x != y for x, y in zip(rights(theirs, "acc_norm"), rights(ours, "right_norm")))
-    worst = max(abs(x - y) for t, o in zip(theirs, ours) for x, y in zip(t["nats"], o["nats"]))
-    print(f"lm-eval {share(theirs, 'acc'):.4f}, ours {share(ours):.4f}; nats differ by at most {worst:.1e}")
+    apart += sum(x != y for x, y in zip(rights(theirs, "acc_norm"),
+                                        rights(ours, "right_norm")))
+    worst = max(abs(x - y) for t, o in zip(theirs, ours)
+                for x, y in zip(t["nats"], o["nats"]))
+    print(f"lm-eval {share(theirs, 'acc'):.4f}, ours {share(ours):.4f}; nats differ by "
+          f"at most {worst:.1e}")
     check("evaluate/lm_eval_apart", apart)
     assert apart == 0 and len(theirs) == len(ours)
 
@@ -1082,9 +1201,11 @@ def scaled(length, kind):
         "plain": None,
         "linear": {"rope_type": "linear", "factor": factor},
         "NTK": {"rope_type": "dynamic", "factor": 1.0},
-        "YaRN": {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained},
+        "YaRN": {"rope_type": "yarn", "factor": factor,
+                 "original_max_position_embeddings": trained},
     }[kind]
-    model = MiniMind(replace(base.config, rope_scaling=scaling, max_position_embeddings=trained))
+    model = MiniMind(replace(base.config, rope_scaling=scaling,
+                             max_position_embeddings=trained))
     model.load_state_dict(base.state_dict())
     return model.to(chapter.device).eval()
 
@@ -1098,7 +1219,8 @@ def scaled(length, kind):
 kinds, lengths = ("plain", "linear", "NTK", "YaRN"), chapter.size.lengths
 rope = {}
 for kind, length in product(kinds, lengths):
-    stretched = length > trained and kind != "plain"  # up to the trained length nothing is stretched
+    # up to the trained length nothing is stretched
+    stretched = length > trained and kind != "plain"
     model = scaled(length, kind) if stretched else base
     done = None if stretched else rope.get(("plain", length))
     rope[kind, length] = done or bits_per_byte_of(model, context=length)
@@ -1114,13 +1236,15 @@ fig, ax = plt.subplots(figsize=(7, 2.9))
 for kind, marker in zip(kinds, "os^D"):
     line = [rope[kind, length] for length in lengths]
     ax.plot(lengths, line, marker=marker, label=kind)
-    chapter.curve(f"rope_length/{kind}", lengths, line, "context (tokens)", "bits per byte")
+    chapter.curve(f"rope_length/{kind}", lengths, line, "context (tokens)",
+                  "bits per byte")
 ax.axvline(trained, color="0.5", ls=":")
 ax.set(xscale="log", xlabel="length of a row (tokens)", ylabel="bits per byte")
 ax.set_xticks(lengths, lengths)
 ax.minorticks_off()
 ax.legend()
-show(fig, "Bits per byte against the length of a row: beyond the training length (dotted) all get worse, YaRN least and linear most.")
+show(fig, "Bits per byte against the length of a row: beyond the training length "
+          "(dotted) all get worse, YaRN least and linear most.")
 
 # %% [markdown]
 # Linear squeezing is worst: it also slows the fast pairs, which tell neighbours apart, and a model that was not trained for it reads every position wrong. YaRN leaves those alone. To see *where* plain reading fails, cut one long row by position:
@@ -1130,18 +1254,22 @@ show(fig, "Bits per byte against the length of a row: beyond the training length
 def nats_by_position(model, length, parts=8):
     """Mean nats per token in each eighth of rows of `length`, (parts,)."""
     whole = (len(valid_tokens) - 1) // length * length
-    ids, labels = (x.view(-1, length).to(chapter.device) for x in (valid_tokens[:whole], valid_tokens[1 : whole + 1]))
-    nats = [-model(i[None]).float().log_softmax(-1)[0].gather(1, t[:, None])[:, 0] for i, t in zip(ids, labels)]
+    ids, labels = (x.view(-1, length).to(chapter.device)
+                   for x in (valid_tokens[:whole], valid_tokens[1 : whole + 1]))
+    nats = [-model(i[None]).float().log_softmax(-1)[0].gather(1, t[:, None])[:, 0]
+            for i, t in zip(ids, labels)]
     return torch.stack(nats).view(len(ids), parts, -1).mean((0, 2)).cpu()
 
 long = lengths[-2]
 fig, ax = plt.subplots(figsize=(7, 2.6))
 for kind, marker in zip(kinds, "os^D"):
-    ax.plot((np.arange(8) + 0.5) * long / 8, nats_by_position(scaled(long, kind), long), marker=marker, label=kind)
+    ax.plot((np.arange(8) + 0.5) * long / 8, nats_by_position(scaled(long, kind), long),
+            marker=marker, label=kind)
 ax.axvline(trained, color="0.5", ls=":")
 ax.set(xlabel=f"position in a row of {long} tokens", ylabel="nats per token")
 ax.legend()
-show(fig, "The same, by position: plain reading is at its best up to the training length (dotted) and then climbs; linear is poor from the start.")
+show(fig, "The same, by position: plain reading is at its best up to the training "
+          "length (dotted) and then climbs; linear is poor from the start.")
 
 # %% [markdown]
 # Numbers for the band, at four times the training length:
@@ -1151,7 +1279,8 @@ at = min(lengths, key=lambda length: abs(length - 4 * trained))
 cost = {kind: rope[kind, at] - rope["plain", trained] for kind in kinds}
 for kind in kinds:
     check(f"evaluate/rope_cost_{kind.lower()}", cost[kind])
-claims = bool(facts) and chapter.max_steps is None and profile != "smoke"  # other data need longer runs
+# other data need longer runs
+claims = bool(facts) and chapter.max_steps is None and profile != "smoke"
 if claims:
     assert cost["YaRN"] < cost["NTK"] < cost["plain"] < cost["linear"]
 
@@ -1168,22 +1297,30 @@ import time
 from minimind.sft import ask_all, answers_right
 
 def answered(model):
-    """Questions with right or wrong, of three kinds; the world's lists are empty for other data."""
+    """Questions with right or wrong, of three kinds; the world's lists are empty for
+    other data.
+    """
     picked = asked[:: chapter.size.every_question]
     yield "choice", choose(model, tokenizer, questions), "right"
     yield "facts", facts_known(model, tokenizer, facts)[1], "known"
-    yield "questions", answers_right(model, tokenizer, picked, max_new_tokens=24)[1] if picked else [], "right"
+    yield "questions", answers_right(model, tokenizer, picked,
+                                     max_new_tokens=24)[1] if picked else [], "right"
 
 def measure(model, name):
-    """All numbers of one stage; right and wrong by question are kept for `course compare`."""
-    result = {"parameters": model.num_parameters(), "bits_per_byte": bits_per_byte_of(model)}
+    """All numbers of one stage; right and wrong by question are kept for `course
+    compare`.
+    """
+    result = {"parameters": model.num_parameters(),
+              "bits_per_byte": bits_per_byte_of(model)}
     for kind, rows, key in answered(model):
         if rows:
-            ids = [row.get("id") or f"{row['person']} {row['relation']}" for row in rows]
+            ids = [row.get("id") or f"{row['person']} {row['relation']}"
+                   for row in rows]
             chapter.keep_results(f"evaluate/{kind}_{name}", ids, rights(rows, key))
             result[kind] = share(rows, key)
     start = time.perf_counter()
-    ask_all(model, tokenizer, [row["prompt"] for row in questions[:16]], max_new_tokens=16)
+    ask_all(model, tokenizer, [row["prompt"] for row in questions[:16]],
+            max_new_tokens=16)
     return result | {"milliseconds": 1000 * (time.perf_counter() - start) / 16}
 
 # %% [markdown]
@@ -1204,14 +1341,17 @@ for name, folder in stages.items():
 quality = "questions" if facts else "choice"
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.7))
 for (name, scores), marker in zip(stage_scores.items(), "os^Dv"):
-    for ax, x in zip(axes, (scores["parameters"] / 1e6, scores["milliseconds"], scores["bits_per_byte"])):
+    for ax, x in zip(axes, (scores["parameters"] / 1e6, scores["milliseconds"],
+                            scores["bits_per_byte"])):
         ax.plot(x, scores[quality], marker=marker, ls="", markersize=8, label=name)
-for ax, label in zip(axes, ("million parameters", "milliseconds per answer", "bits per byte")):
+for ax, label in zip(axes, ("million parameters", "milliseconds per answer",
+                            "bits per byte")):
     ax.set(xlabel=label, ylim=(-0.05, 1.08))
     ax.margins(x=0.3)
 axes[0].set(ylabel="questions right" if facts else "choices right", xlim=(0, None))
 axes[2].legend(fontsize=8)
-show(fig, "Every stage of this run: answers right against size, against time for one answer, and against bits per byte.")
+show(fig, "Every stage of this run: answers right against size, against time for one "
+          "answer, and against bits per byte.")
 
 # %% [markdown]
 # The numbers with their bands. For bits per byte, the interval comes from the bootstrap over blocks of text; weights are bytes.
@@ -1221,6 +1361,8 @@ for name, scores in stage_scores.items():
     for key in ("facts", "questions", "choice", "bits_per_byte"):
         if key in scores:
             check(f"evaluate/{key}_{name}", scores[key])
+    for key in ("parameters", "milliseconds"):
+        chapter.record(f"evaluate/{key}_{name}", scores[key])
 blocks = valid_tokens.split(512)[:-1]
 num_bytes = [int(byte_lengths[block[1:]].sum()) for block in blocks]
 bits = [bits_per_byte_of(base, block) * size for block, size in zip(blocks, num_bytes)]
