@@ -27,16 +27,20 @@ def kl_divergence(
     shapes = tuple(teacher_logits.shape), tuple(student_logits.shape)
     if shapes[0] != shapes[1] or temperature <= 0:
         raise ValueError(
-            f"teacher logits {shapes[0]}, student logits {shapes[1]}, temperature {temperature}: "
-            f"give logits of one shape, that is, of one vocabulary, and a temperature above 0"
+            f"teacher logits {shapes[0]}, student logits {shapes[1]}, temperature "
+            f"{temperature}: "
+            f"give logits of one shape, that is, of one vocabulary, and a temperature "
+            "above 0"
         )
     p = (teacher_logits.float() / temperature).log_softmax(-1)
     q = (student_logits.float() / temperature).log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
 
 # %% ../chapters/14_distillation.ipynb #distill-soft-loss
-def soft_loss(teacher_logits: Tensor, student_logits: Tensor, temperature: float) -> Tensor:
-    """Mean of temperature**2 * KL(teacher || student) over N places; logits (N, V) each.
+def soft_loss(teacher_logits: Tensor, student_logits: Tensor,
+              temperature: float) -> Tensor:
+    """Mean of temperature**2 * KL(teacher || student) over N places; logits (N, V)
+    each.
 
     The factor keeps the gradient, temperature * (q - p) / N, from fading with heat.
     Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2.
@@ -54,14 +58,16 @@ def logits_at(model: nn.Module, batch: dict, places: Tensor) -> Tensor:
 
 # %% ../chapters/14_distillation.ipynb #distill-loss
 class DistillLoss:
-    """loss(student, batch) for `train`: (1 - alpha) * cross-entropy + alpha * soft_loss.
+    """loss(student, batch) for `train`: (1 - alpha) * cross-entropy + alpha *
+    soft_loss.
 
     Both terms are means (nats) over the places that have a label. The teacher is frozen
-    here and runs without a graph; it is held by the loss and not by the student, so that
-    no optimiser and no checkpoint ever sees it. Hinton, Vinyals and Dean 2015.
+    here and runs without a graph; it is held by the loss and not by the student, so
+    that no optimiser and no checkpoint ever sees it. Hinton, Vinyals and Dean 2015.
     """
 
-    def __init__(self, teacher: nn.Module, temperature: float = 1.0, alpha: float = 0.9):
+    def __init__(self, teacher: nn.Module, temperature: float = 1.0,
+                 alpha: float = 0.9):
         if not 0 <= alpha <= 1 or temperature <= 0:
             raise ValueError(
                 f"alpha={alpha}, temperature={temperature}: "
@@ -85,7 +91,8 @@ class DistillLoss:
 def check_pair(student: nn.Module, teacher: nn.Module) -> None:
     """ValueError for a student that cannot learn from this teacher."""
     if student is teacher:
-        raise ValueError("student and teacher are the same model: give the student its own")
+        raise ValueError("student and teacher are the same model: give the student its "
+                         "own")
     mine, theirs = student.config.vocab_size, teacher.config.vocab_size
     if mine != theirs:
         raise ValueError(
@@ -94,26 +101,31 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
         )
     if student.config.num_experts:
         raise ValueError(
-            "the student has experts, and this loss has no balance term: use num_experts=0"
+            "the student has experts, and this loss has no balance term: use "
+            "num_experts=0"
         )
 
 # %% ../chapters/14_distillation.ipynb #distill-answers-of
 def answers_of(
     teacher: nn.Module, tokenizer, questions: Sequence[str], max_new_tokens: int = 48
 ) -> list[list[dict]]:
-    """Ask the teacher, greedily: conversations of "role" and "content", as chat data are.
+    """Ask the teacher, greedily: conversations of "role" and "content", as chat data
+    are.
 
     Answers that are empty or not closed within max_new_tokens are left out.
     Kim and Rush 2016, arXiv:1606.07947.
     """
     asked = [[{"role": "user", "content": question}] for question in questions]
-    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True) for chat in asked]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)
+               for chat in asked]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
     stops = (tokenizer.im_end_id, tokenizer.eos_id)
-    answers = generate_batch(teacher, [prompts[i] for i in order], max_new_tokens, stops)
+    answers = generate_batch(teacher, [prompts[i] for i in order], max_new_tokens,
+                             stops)
     closed = sorted((i, a) for i, a in zip(order, answers) if len(a) < max_new_tokens)
     said = [(i, tokenizer.decode(ids, skip_special=True).strip()) for i, ids in closed]
-    return [[*asked[i], {"role": "assistant", "content": text}] for i, text in said if text]
+    return [[*asked[i], {"role": "assistant", "content": text}] for i, text in said
+            if text]
 
 # %% ../chapters/14_distillation.ipynb #distill-same-tokenizer
 def check_same_tokenizer(student, teacher) -> None:
@@ -123,8 +135,11 @@ def check_same_tokenizer(student, teacher) -> None:
         return
     shorter = min(len(mine), len(theirs))
     first = next((i for i in range(shorter) if mine[i] != theirs[i]), shorter)
-    a, b = (repr(each[first]) if first < len(each) else "nothing" for each in (mine, theirs))
+    a, b = (repr(each[first]) if first < len(each) else "nothing"
+            for each in (mine, theirs))
     raise ValueError(
-        f"the tokenizers differ: token {first} is {a} for the student and {b} for the teacher. "
-        f"Use the teacher's tokenizer, or train on its answers (answers_of), which are text"
+        f"the tokenizers differ: token {first} is {a} for the student and {b} for the "
+        "teacher. "
+        f"Use the teacher's tokenizer, or train on its answers (answers_of), which are "
+        "text"
     )
