@@ -361,7 +361,8 @@ show(fig, "The best model for three prices of distance: "
 def explore(beta=1.0):
     fig, ax = plt.subplots(figsize=(3.6, 2.2))
     draw_policy(ax, beta)
-    plt.show()
+    friendly = best_policy(r, beta)[1]
+    show(fig, f"The best model gives the friendly answer a share of {friendly:.0%}.")
 
 try:
     from ipywidgets import interact
@@ -878,7 +879,7 @@ times = [(seconds_of(dpo_loss, learner), seconds_of(with_reference, learner))
 kept, again = (min(column) for column in zip(*times))
 print(f"a step: {1000 * kept:.0f} ms with kept numbers, {1000 * again:.0f} ms without")
 print(f"all {len(pairs)} pairs once: {1000 * once:.0f} ms")
-check("dpo/reference_speedup", again / kept)
+speedup = check("dpo/reference_speedup", again / kept)
 
 # %% [markdown]
 # Keeping costs one pass over all pairs, and the other way costs one each epoch. So in one single epoch the time is about equal, and what you save is the memory of a
@@ -1113,8 +1114,17 @@ if not own_pairs:
 
 # %% [markdown]
 # Imitating the good answers comes close, or even level, here. The judge never errs, the good answers are the reference's own, and one kind of answer is wanted everywhere. What DPO adds is the other half of the
-# comparison: it learns from what was rejected, so it can also say "not like this". Read the samples of the kind
-# *other*: most are offers that came out garbled or went on and on. Exercise 13.4 makes them the rejected side of a second round.
+# comparison: it learns from what was rejected. What is still wrong after it? Some of the *other* samples:
+
+# %% id="dpo-other-answers"
+if not own_pairs:
+    replies = sample(model, [q["question"] for q in every])
+    other = [a for a, q in zip(replies, every) if not judge(a, q)["preferred"]]
+    print(*other[:5], sep="\n")
+
+# %% [markdown]
+# You see offers that came out garbled, answers that do not stop, and now and then a false fact. The pairs had few of these, because the reference made few friendly answers to go wrong. Exercise 13.4 makes
+# them the rejected side of a second round.
 #
 # And the price. All questions once more, decoded greedily as in chapter 11, and a right answer counts in any manner:
 
@@ -1171,8 +1181,8 @@ with chapter.write("dpo") as out:
 far_beta, far_steps, far_rate = size.far_beta, size.far_steps, size.far_rate
 far_model, far = prefer(far_beta, far_steps, far_rate)
 for e in far.evals:
-    names = ("step", "margin", "accuracy", "chosen", "preferred", "right")
-    print("   ".join(f"{name} {e[name]:.2f}" for name in names if name in e))
+    names = [n for n in ("accuracy", "chosen", "preferred", "right") if n in e]
+    print(f"step {e['step']:3}:", "  ".join(f"{name} {e[name]:.2f}" for name in names))
 
 # %% [markdown]
 # On the left, what training tools show. In the middle, the chosen answers. On the right, what the model says.
@@ -1192,10 +1202,11 @@ show(fig, "Over-optimisation: the margin grows on, the chosen answers become unl
           "and what the model says falls apart.")
 
 # %% [markdown]
-# The accuracy did not warn: it rose and stayed. Greedy answers hide most of it too. So sample, as in 13.1:
+# The accuracy did not warn: it rose and stayed. Read what the model says, sampled as in 13.1, about people without pairs:
 
 # %% id="dpo-too-far-answers"
-for question in five:
+strangers = [q["question"] for q in unseen[7 :: max(1, len(unseen) // 5)]]
+for question in strangers if judged else five:
     (answer,) = sample(far_model, [question])
     print(f"{question}\n    {answer[:80]!r}")
 
@@ -1283,8 +1294,8 @@ if judged:
     check("dpo/ipo_right", ipo.evals[-1]["right"])
 
 # %% [markdown]
-# The facts survive a learning rate and a number of steps that broke the other run. The preferred share stays below that of 13.7: a loss that has enough also stops early. A larger goal
-# (smaller $\beta$) gets more of both, gain and damage. Whether DPO or IPO is better cannot be read from one run; what can be read is which dial does what.
+# The facts survive a learning rate and a number of steps that broke the other run. The preferred share stays below that of 13.7: a loss that has enough also stops early. The goal is a dial too. With
+# $\beta = 1$, a goal three times as far, the same run ended at a preferred share of 35%. So one run cannot tell whether DPO or IPO is better; it tells what each dial does.
 #
 # **Exercise 13.8 (25 min, ★★★).** SimPO (Meng et al. 2024) drops the reference: $-\log\sigma(\beta(\bar p_w - \bar p_l) - \gamma)$, with $\bar p$ the mean log-probability of a token. Write it. What protects the model
 # now?
