@@ -307,8 +307,8 @@ show(fig, f"The same place over temperature: with {len(here):,} tokens, a high "
           f"temperature soon gives most of the probability to the long tail.")
 
 # %% [markdown]
-# This is where language models differ from the image classifiers of the paper, which had ten classes. A vocabulary has thousands of tokens, most of
-# them wrong everywhere, and heat moves probability to them. Section 14.6 measures what that does.
+# This is where a language model differs from the first example of the paper, handwritten digits, which has ten classes. A vocabulary has thousands of tokens, most of
+# them wrong at any given place, and heat moves probability to them. Section 14.6 measures what that does.
 #
 # **Exercise 14.1 (10 min, ★).** Find the temperature at which half of the probability lies outside of the best twelve. Use bisection.
 #
@@ -413,8 +413,8 @@ for name, values in pulls.items():
     print(f"{name} the factor, from 1 to 8 the pull falls {values[0] / values[-1]:.1f} times")
 
 # %% [markdown]
-# More than sixty-four: the rule of $1/\tau^2$ holds for high temperatures, and on the way there the two distributions come closer as well. So the factor does not make the pull
-# constant either. It stops the fall: from temperature 4 on the upper line is almost level. Without it you would have to find a new learning rate for every temperature.
+# More than sixty-four times. The rule of $1/\tau^2$ holds for high temperatures, and on the way there the two distributions come closer as well. So the factor does not make the pull
+# constant either. It slows the fall: the upper line is flat where the lower one still drops. Without it you would have to find a new learning rate for every temperature.
 #
 # **Exercise 14.2 (15 min, ★★).** For a very high temperature, show that the gradient tends to $(z_i - v_i)/V$, where $v$ are the teacher's logits and both have mean 0.
 # What loss is that?
@@ -592,7 +592,7 @@ print(f"gain {gain:.4f} bits per byte, 95% interval {gain - half:.4f} to {gain +
 print(f"that is {gain / gap:.0%} of the gap to the teacher")
 
 # %% [markdown]
-# Read the interval first, then the mean. If it reached below 0, all we could say is that these seeds gained. Four runs cannot make it narrow, but they can show on which side of 0 it lies.
+# Read the interval first, then the mean. If it reached below 0, all we could say is that these seeds gained. A few runs cannot make it narrow, but they can show on which side of 0 it lies.
 # The share of the gap is small, and that is no surprise: these students are far from having read enough, and a teacher cannot read for them. It makes each step worth more.
 #
 # As a picture: each seed is one pair.
@@ -647,8 +647,8 @@ slower = chapter.record("distill/step_cost", with_teacher / without)
 print(f"a step with a teacher takes {slower:.1f} times as long")
 
 # %% [markdown]
-# So the claim holds *at equal steps*, that is, at equal text. At equal time the student alone could take more steps. A teacher pays where text is scarce, where the steps
-# are few, or where its logits are computed once and used for many students.
+# So the claim holds *at equal steps*, that is, at equal text. At equal time the student alone could take more steps, and whether it would win is your
+# exercise. One way to lower the price: compute the teacher's logits once, keep the largest, and use them for many students (exercise 14.3).
 #
 # **Exercise 14.4 (25 min, ★★).** Give the student alone so many more steps that both runs take equally long. Who wins now?
 #
@@ -675,8 +675,8 @@ show(fig, "Surprise at each token of a held-out text, in bits: lower bars are be
           " and the tall ones stand where a new thing begins.")
 
 # %% [markdown]
-# Compare the columns. Inside a phrase all three are sure. The teacher is ahead where a fact about a person is due, since it knows the person, whom the student has hardly met. The rest of the
-# difference lies in many small bars. And what do they write, greedily, after the same words?
+# Compare the columns. Where one word follows from the other, all three are sure. The teacher is ahead where a fact about a person is due: it knows the person, whom the students have hardly met.
+# The two students are close, and their difference is spread over many small bars. And what do they write, greedily, after the same words?
 
 # %% id="distill-continue"
 from minimind.generate import generate
@@ -687,7 +687,7 @@ for name, model in three.items():
     print(f"{name:8}{tokenizer.decode(written, skip_special=True)!r}")
 
 # %% [markdown]
-# Now the two dials. Hinton et al. found temperatures above 1 best for image classes. **Before you run this**: will temperature 2 help here too? Think of the tail in 14.3.
+# Now the two dials. For their digits, Hinton et al. used temperatures well above 1. **Before you run this**: will temperature 2 help here too? Think of the tail in 14.3.
 
 # %% id="distill-recipes"
 recipes = {"no teacher": pairs[0][0]}
@@ -710,8 +710,8 @@ show(fig, "One student, several recipes, one seed: shorter bars are better, and 
           "grey one has no teacher.")
 
 # %% [markdown]
-# Did you expect the hot teacher to help? At temperature 2 the student spends its effort on the order of thousands of unlikely tokens, and is then judged at temperature 1, where they hardly count. A
-# classifier with ten classes has no such tail. With a longer run and a larger student the answer may change, so measure, and do not copy a temperature from a paper on another kind of task.
+# Did you expect the hot teacher to help? At temperature 2 the student spends its effort on the order of thousands of unlikely tokens, and is then judged at temperature 1, where they hardly count. Ten
+# digits have no such tail. With a longer run and a larger student the answer may change, so measure, and do not copy a temperature from a paper on another kind of task.
 #
 # **Exercise 14.5 (20 min, ★★).** Try $\alpha$ of 0.5 and of 1. Is the label of any use beside this teacher? And beside a bad teacher, say one of 50 steps?
 #
@@ -720,7 +720,7 @@ show(fig, "One student, several recipes, one seed: shorter bars are better, and 
 # ## 14.7 A teacher that only talks
 #
 # Often you see a model's answers and nothing else: it runs behind a service, or it has another tokenizer. Then train on what it *says*. This is **black-box** distillation, at the
-# level of sequences (Kim and Rush 2016), and most chat data written by models is made this way (for instance Taori et al. 2023, *Alpaca*).
+# level of sequences (Kim and Rush 2016), and much chat data is made this way (for instance Taori et al. 2023, *Alpaca*).
 #
 # A teacher that only talks has one great advantage: you choose what to ask. The chat data of this world asks about half of its people. The teacher knows the others too (chapter 11), so ask it.
 
@@ -829,8 +829,8 @@ for question in five:
         print(f"    {name:27}{ask(model, tokenizer, question, max_new_tokens=24)!r}")
 
 # %% [markdown]
-# All questions, in sentences that no training data held. For the first student the people called *unseen* were never asked about; the second heard other questions about them from its
-# teacher.
+# All questions of the test, about two kinds of people. Nothing that the first student read asks about the *unseen* ones. The second student heard questions about them from its teacher, in other words
+# than the test's.
 
 # %% id="distill-chat-score"
 def chat_scores(model):
@@ -1004,7 +1004,7 @@ print(f"logits move by at most {moved:.0e}; {larger:.1f} times the weights")
 assert moved < 1e-2
 
 # %% [markdown]
-# Exactly as good: two equal experts with weights that add up to 1 are one. Some steps of training let them drift apart. Then it teaches a student with the first seed, as the dense teacher did.
+# As good as before, but for rounding: two equal experts with weights that add up to 1 are one. Some steps of training let them drift apart. Then it teaches a student with the first seed, as the dense teacher did.
 
 # %% id="distill-moe-teach"
 config = settings(size.moe_steps, learning_rate=size.learning_rate / 6, decay=0.8)
@@ -1021,7 +1021,7 @@ moe_gain = check("distill/moe_gain_bits_per_byte", pairs[0][0] - moe_student)
 
 # %% [markdown]
 # Read the two lines. First the teachers: a few steps of training have not made the experts better than the dense model they came from. That model ended its own run with a small learning rate, and any new training first
-# disturbs it; the gains of upcycling in the paper come after billions of tokens. Then the students: to the student the teacher is a row of probabilities, whatever machine made them. So nothing in the loss had to
+# disturbs it. The paper trains on for about half of the cost of the dense run; we cannot afford that here. Then the students: to the student the teacher is a row of probabilities, whatever machine made them. So nothing in the loss had to
 # change, and the two students end close together. One seed cannot tell them apart when they differ by less than the band, which is as wide as the interval of 14.6.
 
 # %% id="distill-moe-figure"
@@ -1043,9 +1043,10 @@ show(fig, "Students of two teachers, one seed; the band is the half interval of 
 # **Exercise 14.9 (25 min, ★★).** Run the experiment with two more seeds and put an interval around the difference between the two teachers.
 #
 # ## 14.10 Where it breaks
+#
 # Each of these mistakes trains without an error. For each there is a small test that shows it.
 #
-# **The divergence the wrong way round.** $\mathrm{KL}(p \,\|\, q)$ and $\mathrm{KL}(q \,\|\, p)$ are different numbers. The first punishes a student that gives nothing to what the teacher says; the second one that says what the teacher does not.
+# **The divergence the wrong way round.** $\mathrm{KL}(p \,\|\, q)$ and $\mathrm{KL}(q \,\|\, p)$ are different numbers. The first punishes a student that gives nothing to what the teacher says; the second punishes one that says what the teacher does not.
 # Let a student that can only make one hump fit a teacher with two:
 
 # %% id="distill-two-humps"
@@ -1166,7 +1167,7 @@ inside.teacher = MiniMind.from_pretrained(folder).to(device)  # in training mode
 print(f"{before:,} parameters before, {inside.num_parameters():,} after")
 
 # %% [markdown]
-# Now the optimiser holds the teacher as well, and each checkpoint saves it. If the loss forgets `no_grad`, the teacher moves towards the student, which also makes the distance fall. See it in a few steps on one batch: the loss falls, and the teacher gets worse.
+# Now the optimiser holds the teacher as well, and each checkpoint saves it. If the loss forgets `no_grad`, the teacher moves towards the student, which also makes the distance fall. See it in a few steps:
 
 # %% id="distill-teacher-moves"
 optimizer = torch.optim.AdamW(inside.parameters(), lr=size.learning_rate)
@@ -1185,7 +1186,7 @@ assert abs(bits_per_byte_of(teacher) - teacher_quality) < 1e-3  # ours is untouc
 assert moved_quality > teacher_quality or profile == "smoke"
 
 # %% [markdown]
-# The loss fell because the teacher gave in. Watch a number that the teacher cannot move: bits per byte on held-out text.
+# The loss is almost gone and nothing was learned: the teacher gave in. Watch a number that the teacher cannot move: bits per byte on held-out text.
 #
 # ## 14.11 Recap
 #
