@@ -667,6 +667,9 @@ slower = chapter.record("distill/step_cost", with_teacher / without)
 print(f"a step with a teacher takes {slower:.1f} times as long")
 
 # %% [markdown]
+# Check a time against a count (chapter 7). The teacher has three times the student's weights, so its forward pass costs about as much as the student's forward and backward
+# together: about twice the work. If your number is far from 2, the machine was busy with something else.
+#
 # So the claim holds *at equal steps*, that is, at equal text. At equal time the student alone could take more steps, and whether it would win is your
 # exercise. One way to lower the price: compute the teacher's logits once, keep the largest, and use them for many students (exercise 14.3).
 #
@@ -900,7 +903,7 @@ if scores:
 # %% [markdown]
 # Look at the middle. The student with the chats of the data answers about people it was asked about in training, and about the others it says something true of somebody else. It had
 # no chance: the teacher learned these facts from many times as much text. The other student got the same facts as short, clean answers, in a few seconds of the teacher's time. Nothing in its loss is new; its
-# *data* were ordered. So the word *unseen* has lost its meaning for this student, and the honest name of the number is: questions about facts that it heard in other words.
+# *data* were ordered. It was not free either: at equal steps it saw the seen people less often, and there it may fall behind the first student (left). So the word *unseen* has lost its meaning for this student, and the honest name of the number is: questions about facts that it heard in other words.
 #
 # The last group tells how far that goes. Facts completed are asked for without a question, as in pretraining ("Garus lives in"). There the student is far behind its own answers: it learned to
 # answer, not to know in every form (chapter 11 had the opposite case).
