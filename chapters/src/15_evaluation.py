@@ -142,8 +142,7 @@ print(f"{len(tests)} tests in evals/" if tests
       else "no tests of your own: the world is the test")
 
 # %% [markdown]
-# Now the models. `chapter.stages()` finds what the earlier chapters have made; pretrained and fine-tuned models are always there, since small ones
-# ship with the course.
+# Now the models. `chapter.stages()` finds what the earlier chapters have made of the same text; for the world, small pretrained and fine-tuned models ship with the course.
 
 # %% id="evaluate-load"
 from itertools import islice
@@ -157,8 +156,11 @@ chapter.read("pretrain")
 data = chapter.read("data")
 tokenizer = Tokenizer.from_pretrained(stages["pretrain"])
 load = lambda name: MiniMind.from_pretrained(stages[name]).to(chapter.device).eval()
-base, chat_model = load("pretrain"), load("sft")
 print("stages:", ", ".join(stages))
+if "sft" not in stages:
+    print("no fine-tuned model of this text yet (chapter 11 makes one): "
+          "the base model stands in for both")
+base, chat_model = load("pretrain"), load("sft" if "sft" in stages else "pretrain")
 
 # %% [markdown]
 # Chapter 9 counted facts that the base model completes, chapter 11 questions that the chat model answers. Did fine-tuning cost facts?
@@ -1348,6 +1350,7 @@ for ax, label in zip(axes, ("million parameters", "milliseconds per answer",
                             "bits per byte")):
     ax.set(xlabel=label, ylim=(-0.05, 1.08))
     ax.margins(x=0.3)
+    ax.locator_params(axis="x", nbins=4)
 axes[0].set(ylabel="questions right" if facts else "choices right", xlim=(0, None))
 axes[2].legend(fontsize=8)
 show(fig, "Every stage of this run: answers right against size, against time for one "
