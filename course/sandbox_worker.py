@@ -10,9 +10,7 @@ and can send nothing but values (course/wire.py): whether a value is right is de
 from __future__ import annotations
 
 import array
-import ast
 import builtins
-import ctypes
 import importlib
 import inspect
 import io
@@ -24,7 +22,6 @@ import select
 import signal
 import socket
 import sys
-import time
 import traceback
 import types
 from pathlib import Path
@@ -323,8 +320,6 @@ class Worker:
         return {"type": type(error).__name__[:100], "kinds": kinds, "text": text, "where": where[:300]}
 
     def serve(self, message: dict, buffers: list) -> None:
-        import random
-
         import torch
 
         arguments = Arguments()
@@ -337,18 +332,14 @@ class Worker:
             environment = message["env"]
             torch.set_grad_enabled(environment["grad"])
             torch.set_default_dtype(decode(environment["dtype"]))
-            if environment["rng"] is not None:
-                torch.set_rng_state(decode(environment["rng"]))
-                random.seed(environment["seed"])
+            torch.set_rng_state(decode(environment["rng"]))
             before = torch.get_rng_state()
             decode(message["owner"])  # the module whose method is called, with its numbers
             target = decode(message["target"])
             args, kwargs = decode(message["args"]), decode(message["kwargs"])
             with torch.autocast("cpu", dtype=decode(environment["autocast"]), enabled=environment["autocast"] is not None):
                 value = self.operate(operation, target, args, kwargs)
-            after = torch.get_rng_state()
-            extra = {} if torch.equal(before, after) else {"rng": after}
-            self.reply({"more": None}, [value, extra], arguments)
+            self.reply({}, [value, not torch.equal(before, torch.get_rng_state())], arguments)
         except Closed:
             raise
         except BaseException as error:
