@@ -111,14 +111,17 @@ class Sandbox:
     """One confined process, from this side."""
 
     def __init__(self, server: Server, cells: list[dict], limits: Limits, hide: dict | None = None, namespaces: bool = True,
-                 in_place: bool = False) -> None:  # fmt: skip
-        """`cells` are {"name", "source", "answer", "names"}: the last one is the answer itself, and its names are handed out."""
+                 in_place: bool = False, give: dict | None = None) -> None:  # fmt: skip
+        """`cells` are {"name", "source", "answer", "names"}: the last one is the answer itself, and its names are handed out.
+
+        `give` has names of the course's own that stand there from the start, with their modules; `hide` what the package does not show.
+        """
         self.limits, self.callbacks, self.number = limits, {}, 0
         self.in_place, self.odd = in_place, set()
-        self.deadline = time.monotonic() + limits.wall_seconds
+        self.left = limits.wall_seconds  # of waiting for this process
         self.control = server.connect()
         here, there = socket.socketpair()
-        job = json.dumps({"cells": cells, "limits": limits.plain(), "hide": hide or {}, "namespaces": namespaces}).encode()
+        job = json.dumps({"cells": cells, "limits": limits.plain(), "hide": hide or {}, "give": give or {}, "namespaces": namespaces}).encode()
         self.control.sendmsg([len(job).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [there.fileno()]))])
         self.control.sendall(job)
         there.close()
@@ -160,16 +163,20 @@ class Sandbox:
     def send(self, message: dict, buffers: list[bytes]) -> None:
         if self.ended:
             raise AnswerFailed(self.why(self.ended))
+        begun = time.monotonic()
         try:
-            self.channel.send(message, buffers, self.deadline)
+            self.channel.send(message, buffers, begun + self.left)
         except TooLate:
             raise AnswerFailed(self.why(self.finish(f"time: more than {self.limits.wall_seconds:g} seconds"))) from None
         except Closed:
             raise AnswerFailed(self.why(self.finish())) from None
+        finally:
+            self.left -= time.monotonic() - begun
 
     @staticmethod
     def why(reason: str) -> str:
-        return f"the process of this answer was ended ({reason})" if reason != "ended itself" else "this answer ends the whole process"
+        """What to tell the student about how the process ended."""
+        return "this answer ends the whole process" if reason == "ended itself" else f"the process of this answer was ended ({reason})"
 
     def receive(self, sent: Sent | None = None) -> tuple[object, dict]:
         """The next reply, decoded; calls back are served in between."""
@@ -177,7 +184,11 @@ class Sandbox:
             if self.ended:
                 raise AnswerFailed(self.why(self.ended))
             try:
-                message, buffers = self.channel.receive(self.deadline)
+                begun = time.monotonic()
+                try:
+                    message, buffers = self.channel.receive(begun + self.left)
+                finally:
+                    self.left -= time.monotonic() - begun
                 if type(message) is not dict:
                     raise WireError("not a message of the worker")
                 if message.get("op") in ("callback", "attribute"):
