@@ -15,7 +15,8 @@ from tests.toy_workbook import opened
 check = opened(globals())"""
 STUBS = {
     "repeat": ('def repeat(x: torch.Tensor, n: int) -> torch.Tensor:\n    """Each row n times."""\n    raise NotImplementedError("repeat")', 2),
-    "total": ('def total(x: torch.Tensor, n: int) -> torch.Tensor:\n    """The sum of the rows of repeat(x, n)."""\n    raise NotImplementedError("total")', 3),
+    "total": ('def total(x: torch.Tensor, n: int) -> torch.Tensor:\n    """The sum of the rows of repeat(x, n)."""\n'
+              '    raise NotImplementedError("total")', 3),
     "Scale": ('class Scale(nn.Module):\n    """x times a learned factor for each column, 1 at the start."""\n\n'
               '    def __init__(self, width: int):\n        raise NotImplementedError("Scale")', 3),
     "steps": ("steps = ...  # your answer", 1),
