@@ -11,6 +11,7 @@ COMMANDS = {  # each is a module course/NAME.py with add_arguments(parser) and m
     "doctor": "what this machine is, which profile fits, what each chapter will take",
     "run": "run the chapters in order and write a report",
     "build": "make the notebooks, the package and the sample data from the sources",
+    "solution": "print one solution of a workbook",
     "data": "list, download and check public data sets",
     "ship": "copy the small checkpoints of a run to data/checkpoints",
     "bench": "our training loop beside the plain loop and Hugging Face Trainer",
