@@ -11,6 +11,7 @@ COMMANDS = {  # each is a module course/NAME.py with add_arguments(parser) and m
     "doctor": "what this machine is, which profile fits, what each chapter will take",
     "run": "run the chapters in order and write a report",
     "build": "make the notebooks, the package and the sample data from the sources",
+    "solution": "print one solution of a workbook",
     "grade": "grade workbooks that students handed in",
     "release": "write the tree that an instructor gives to students",
     "data": "list, download and check public data sets",
