@@ -50,9 +50,9 @@ def main(args: argparse.Namespace) -> int:
     out = (args.out or artifacts.runs() / "grades").resolve()
     try:
         masters = read_masters(folder)
-        hidden = {m.name: graded.read_hidden(args.hidden, m) | {} for m in masters}
         if args.hidden and not args.hidden.is_dir():
             raise ValueError(f"--hidden {args.hidden}: there is no such folder")
+        hidden = {m.name: hidden_tests(m, args.hidden) for m in masters}
         files = find_files(args.submissions)
     except (ValueError, SyntaxError, OSError) as error:
         print(f"grade: {error}", file=sys.stderr)
@@ -70,6 +70,14 @@ def read_masters(folder: Path) -> list[Master]:
     if not paths:
         raise ValueError(f"there is no workbook in {folder}: `python -m course build` makes exercises/, or name the folder with --master")
     return [Master.read(path) for path in paths]
+
+
+def hidden_tests(master: Master, folder: Path | None) -> dict[str, list[dict]]:
+    """The hidden tests of a workbook, from its source and from the instructor's folder."""
+    found = graded.hidden_in_source(artifacts.home(), master)
+    for name, tests in graded.read_hidden(folder, master).items():
+        found.setdefault(name, []).extend(tests)
+    return found
 
 
 def find_files(given: list[Path]) -> list[Path]:

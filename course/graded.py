@@ -72,6 +72,21 @@ def _plain_canary() -> str:
     return f"import torch\n\nassert torch.equal(torch.tensor([{number}]), torch.tensor([{number + 1}])), 'this cell must fail'"
 
 
+def hidden_in_source(home: Path, master: Master) -> dict[str, list[dict]]:
+    """The hidden tests that the course's own source of a workbook has in its check cells; none in a copy without solutions."""
+    from course import workbook
+
+    path = home / "solutions" / "src" / f"{master.name}.py"
+    if not path.is_file():
+        return {}
+    found = {}
+    for exercise in workbook.read_workbook(path).exercises:
+        for kind, _, lines, _ in workbook.parts(exercise.check.source):
+            if kind == "HIDDEN TESTS" and exercise.name in master.exercises:
+                found.setdefault(exercise.name, []).append({"source": textwrap.dedent("\n".join(lines)), "points": None, "what": ""})
+    return found
+
+
 def read_hidden(folder: Path | None, master: Master) -> dict[str, list[dict]]:
     """The instructor's hidden tests for a workbook: FOLDER/NAME.py, with a line `# %% EXERCISE` or `# %% EXERCISE points=1 what it tests`."""
     path = folder / f"{master.name}.py" if folder else None
@@ -146,7 +161,7 @@ class Answers:
     def needed(self, name: str, source: str) -> tuple[list[str], dict[str, str]]:
         """The answers that this one builds on; of those that are not right, the names that the course's own package gives instead."""
         wanted, todo, give = set(), [source], {}
-        own = set(defined(source))
+        own = set(defined(source)).union(*(defined(text) for text in self.shared))  # an answer that redefines torch spoils only itself
         while todo:
             for each in used(todo.pop()):
                 for other, text in self.sources.items():

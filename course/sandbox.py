@@ -224,7 +224,7 @@ class Sandbox:
         if tensors and torch.is_grad_enabled():
             leaves = sent.leaves() if sent else []
             dummy = torch.zeros((), requires_grad=True)
-            tensors = list(_Bridge.apply(self, message.get("graph"), tensors, dummy, *leaves))
+            tensors = list(_Bridge.apply(self, message.get("graph"), tensors, message.get("kept"), dummy, *leaves))
         decoder = Decoder(buffers, lambda code: self.rebuild(decoder, code, tensors))
         value = decoder(message.get("ok"))
         if sent and type(message.get("changed")) is dict:
@@ -297,7 +297,7 @@ class Sandbox:
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         environment = {
             "grad": torch.is_grad_enabled(), "dtype": encoder(torch.get_default_dtype()), "autocast": encoder(autocast),
-            "rng": ["tensor", *encoder.tensor(torch.get_rng_state())],
+            "rng": ["tensor", *encoder.tensor(torch.get_rng_state())], "watched": _hooks_are_set(),
         }  # fmt: skip
         message = {
             "op": operation, "env": environment, "owner": owner.encode(encoder) if owner is not None else None,
@@ -320,6 +320,12 @@ class Sandbox:
         self.send({"op": "vjp", "graph": graph, "grads": encoder(list(grads))}, encoder.buffers)
         value, _ = self.receive()
         return value
+
+
+def _hooks_are_set() -> bool:
+    """Whether a check looks at what autograd keeps (torch.autograd.graph.saved_tensors_hooks)."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return bool(top and top(True))
 
 
 def public(value: object, name: object) -> object:
@@ -375,7 +381,7 @@ class Sent:
                 if not isinstance(new, torch.Tensor) or new.shape != target.shape:
                     continue
                 if not in_place and id(target) not in self.own_buffers:
-                    left_out = True
+                    target.changed_by_answer = left_out = True  # for checks that forbid it
                 elif kind == "grads":
                     target.grad = new.to(target.dtype)
                 else:
@@ -410,7 +416,7 @@ class _Sender(Encoder):
         self.sandbox, self.sent, self.depth = sandbox, sent, 0
 
     def __call__(self, value, depth=0):
-        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu":
             self.sent.tensors.append(value)
             return ["leaf", bool(value.requires_grad), ["tensor", *self.tensor(value)]]
         if type(value) in (list, dict) and depth == 1:
@@ -492,10 +498,12 @@ class _Bridge(torch.autograd.Function):
     """Lets gradients flow through a call to the other process."""
 
     @staticmethod
-    def forward(ctx, sandbox, graph, tensors, dummy, *leaves):
+    def forward(ctx, sandbox, graph, tensors, kept, dummy, *leaves):
         ctx.sandbox, ctx.graph, ctx.count = sandbox, graph, len(leaves)
         ctx.shapes = [leaf.shape for leaf in leaves]
         made = tuple(t.clone() for t in tensors)
+        if type(kept) is list and len(kept) < 1000 and all(type(n) is int and 0 <= n <= 2**28 for n in kept):
+            ctx.save_for_backward(*[torch.empty(n) for n in kept])  # what it keeps over there, for checks that look at it; never touched
         ctx.mark_non_differentiable(*[t for t in made if not (t.is_floating_point() or t.is_complex())])
         return made
 
@@ -505,7 +513,7 @@ class _Bridge(torch.autograd.Function):
         if type(found) is not list or len(found) != ctx.count:
             raise AnswerFailed("the answer gave no gradients")
         found = [g if isinstance(g, torch.Tensor) and g.shape == s else None for g, s in zip(found, ctx.shapes)]
-        return None, None, None, None, *found
+        return None, None, None, None, None, *found
 
 
 class Remote:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import array
 import ast
 import builtins
+import contextlib
 import importlib
 import inspect
 import io
@@ -351,9 +352,13 @@ class Worker:
             decode(message["owner"])  # the module whose method is called, with its numbers
             target = decode(message["target"])
             args, kwargs = decode(message["args"]), decode(message["kwargs"])
-            with torch.autocast("cpu", dtype=decode(environment["autocast"]), enabled=environment["autocast"] is not None):
+            autocast, kept = decode(environment["autocast"]), {}
+            with contextlib.ExitStack() as around:
+                around.enter_context(torch.autocast("cpu", dtype=autocast, enabled=autocast is not None))
+                if environment["watched"]:
+                    around.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: remember(kept, t), lambda t: t))
                 value = self.operate(operation, target, args, kwargs)
-            self.reply({}, [value, not torch.equal(before, torch.get_rng_state())], arguments)
+            self.reply({"kept": list(kept.values())}, [value, not torch.equal(before, torch.get_rng_state())], arguments)
         except Closed:
             raise
         except BaseException as error:
@@ -437,6 +442,13 @@ class Arguments:
                 told["boxes"].append([index, encoder(box)])
         told["generators"] = [encoder(g.get_state()) for g in self.generators]
         return told
+
+
+def remember(kept: dict, tensor):
+    """Note how many numbers a tensor that autograd keeps has in memory."""
+    storage = tensor.untyped_storage()
+    kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+    return tensor
 
 
 def _snapshot(box) -> list:

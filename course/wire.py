@@ -143,6 +143,8 @@ class Encoder:
             return ["device", str(value)]
         if kind is torch.Tensor and value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized:
             return ["tensor", *self.tensor(value)]
+        if kind is torch.Tensor and value.device.type == "meta":
+            return ["meta", str(value.dtype).removeprefix("torch."), list(value.shape)]
         if kind is numpy.ndarray and value.dtype.kind in "biufc":
             return ["array", value.dtype.str, list(value.shape), self.buffer(value.tobytes())]
         if isinstance(value, numpy.generic) and value.dtype.kind in "biufc":
@@ -209,6 +211,8 @@ class Decoder:
             return torch.device(code[1])
         if kind == "tensor":
             return self.tensor(*code[1:])
+        if kind == "meta":
+            return torch.empty([_size(n) for n in code[2]], dtype=_dtype(code[1]), device="meta")
         if kind in ("array", "scalar"):
             return self.array(*code[1:], scalar=kind == "scalar")
         return self.other(code)

@@ -43,7 +43,7 @@ def shares(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None = None) -
 
 def unchanged(name: str, before: torch.Tensor, after: torch.Tensor) -> None:
     """A function must not write into what it was given."""
-    if not torch.equal(before, after):
+    if not torch.equal(before, after) or getattr(after, "changed_by_answer", False):  # the grader keeps `after` as it was, and says so
         fail(f"it changes its argument {name} in place; make a new tensor", given=f"{name} {tuple(before.shape)}")
 
 

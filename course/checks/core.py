@@ -116,12 +116,14 @@ def explained(error: Exception, check: Check, namespace: dict) -> CheckFailed:
         step = step.tb_next
     theirs = [frame for frame in frames if frame[0].f_globals is namespace]
     called = [frame for frame in frames if frame[0].f_globals.get("__name__", "").startswith(f"{__package__}.") and frame[0].f_code is not RUNS]
-    if isinstance(error, NotImplementedError) and theirs:
+    if isinstance(error, NotImplementedError) and (theirs or hasattr(error, "answer_line")):
         name = str(error) or check.name
         if name == check.name or name not in REGISTERED.get(check.function.__module__, {}):
             return NotWritten("not written yet: put your code in place of the line that raises NotImplementedError")
         return NotWritten(f"it calls {name}, which is not written yet; that exercise comes first")
     told = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+    if line := getattr(error, "answer_line", ""):  # in the grader the answer runs in another process
+        return CheckFailed(f"your code stopped with {told}", got=line)
     if theirs:
         line = line_of(*theirs[-1])
         return CheckFailed(f"your code stopped with {told}", got=f"line {theirs[-1][1]} of your cell: {line}", given=shapes(theirs[-1][0]))
