@@ -22,7 +22,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from course import artifacts, grade_report, graded, nbval_points
+from course import artifacts, confine, grade_report, graded, nbval_points
 from course.confine import Limits
 from course.submission import Master, SubmissionError, read_submission, student_name
 
@@ -106,6 +106,7 @@ def grade_all(files, masters, hidden, out: Path, limits: Limits, jobs: int, name
             artifacts.remove_leftovers(folder)
     server, begun = Server.start(), time.monotonic()
     os.environ[SERVER] = server.path
+    print(f"answers run with: {confine.protection()}" + ("" if namespaces else " (namespaces switched off)"), flush=True)
     try:
         with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
             tasks = {pool.submit(grade_one, file, masters, hidden, students, limits, namespaces, again): file for file in files}
