@@ -19,6 +19,7 @@ from types import FunctionType, ModuleType
 
 from course import artifacts
 from course.checks import core
+from course.student import saved_names
 
 PLAIN = (int, float, str, bool, bytes, type(None))
 
@@ -77,15 +78,6 @@ def load(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def saved_names(path: Path) -> list[str]:
-    """What a saved file says it has; nothing where there is no file or it is damaged."""
-    try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        return next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
-    except (OSError, SyntaxError, ValueError, StopIteration):
-        return []
 
 
 def shown(path: Path) -> str:

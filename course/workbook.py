@@ -182,6 +182,10 @@ def read_workbook(path: Path, checked: dict[str, int] | None = None) -> Workbook
     cells, problems = read_cells(path, ("id", "tags", *FACTS))
     source = Chapter(path, cells, None)
     code = [cell for cell in cells if cell.kind == "code"]
+    first: dict[str, Cell] = {}
+    if doubles := [cell for cell in cells if first.setdefault(cell.id, cell) is not cell]:
+        same = [f'{source.where(cell)}: duplicate cell id="{cell.id}", first used at {source.where(first[cell.id])}' for cell in doubles]
+        raise BuildError(problems + same)
     if not (cells and cells[0].kind == "markdown" and cells[0].source.startswith("# ")):
         problems.append(f"{show_path(path)}:1: the first cell must be markdown that starts with the title (# ...)")
     if [cell.id for cell in code][:1] != ["setup"]:

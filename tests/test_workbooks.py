@@ -12,7 +12,7 @@ import pytest
 import yaml
 from helpers_workbooks import NAMES, ROOT, book, changed, checks_of, run_cell, run_cells
 
-from course import build, desk, keep, workbook
+from course import build, desk, keep, student, workbook
 from course.checks import core
 from course.source import BuildError
 
@@ -271,11 +271,12 @@ MISTAKES = {
     "no end": ("    ### END SOLUTION\n", "", ":13: ### BEGIN SOLUTION has no ### END SOLUTION"),
     "wrong end": ("### END SOLUTION", "### END HIDDEN TESTS", ":15: '### END HIDDEN TESTS' where ### END SOLUTION was expected"),
     "misspelled mark": ("### BEGIN SOLUTION", "## BEGIN SOLUTION", ":13: '## BEGIN SOLUTION' is not a mark"),
-    "a solution elsewhere": (' exercise="double" points=2 minutes=5 difficulty=1 kind="rebuild"', "", ":10: a solution in a cell that is no exercise"),
+    "a solution elsewhere":
+        (' exercise="double" points=2 minutes=5 difficulty=1 kind="rebuild"', "", ":10: a solution in a cell that is no exercise"),
     "a leak": ("# ## 1. Double", "# ## 1. Double\n#\n# Write `return x + x +  0 * x`.", ":16: this line of the solution also stands in"),
     "an unknown attribute": ("points=2", "point=2", ":10: unknown cell metadata point"),
     "duplicate id": ('id="w01-predict"', 'id="w01-double"', ':26: duplicate cell id="w01-double", first used at solutions/src/01_alpha.py:10'),
-    "an id of the book": ('id="w01-predict"', 'id="alpha-try"', ':26: duplicate cell id="alpha-try", first used at chapters/src/01_alpha.py:9'),
+    "an id of the book": ('id="w01-predict"', 'id="alpha-try"', ':26: duplicate cell id="alpha-try", first used at chapters/src/01_alpha.py:10'),
     "not Python as a stub": ("guess = 40 + 2", "print(42)", ":28: a solution at the left margin may only assign names"),
     "an export": ('check("predict")', '#| export\ncheck("predict")', ":31: a workbook exports nothing"),
     "style": ("    return x + x + 0 * x", "    import os\n    return x + x + 0 * x", ":14: F401"),
@@ -298,7 +299,7 @@ def test_checks_and_exercises_must_fit(small):
         build.build(small)
     edit(small, '"triple"', '"double"', "course/checks/alpha.py")
     (small / "course/checks/alpha.py").write_text(CHECKS + '\n\n@exercise("more")\ndef c(more): ...\n')
-    with pytest.raises(BuildError, match=r"course/checks/alpha.py:13: a check without an exercise in solutions/src/01_alpha.py: more"):
+    with pytest.raises(BuildError, match=r"course/checks/alpha.py:12: a check without an exercise in solutions/src/01_alpha.py: more"):
         build.build(small)
 
 
@@ -377,7 +378,7 @@ def test_what_is_kept_imports_alone_and_passes(name, tmp_path, capsys):
     path = tmp_path / f"{desk.module}.py"
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
     names = [kept for check in desk.checks.values() for kept in check.keeps]
-    assert keep.saved_names(path) == names and f"saved {', '.join(names)}" in capsys.readouterr().out
+    assert student.saved_names(path) == names and f"saved {', '.join(names)}" in capsys.readouterr().out
     program = "import sys, runpy; space = runpy.run_path(sys.argv[1]); print(space['__all__'])"
     done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)  # fmt: skip
@@ -385,14 +386,14 @@ def test_what_is_kept_imports_alone_and_passes(name, tmp_path, capsys):
 
 
 def test_what_does_not_pass_is_taken_from_the_course(mine, tmp_path, capsys):
-    run_cell("def repeat_kv(x, repeats):\n    return x.repeat(1, repeats, 1, 1)", mine.namespace)
+    run_cell("def attention_weights(q, k):\n    return q @ k.mT", mine.namespace)
     run_cell("HALF = 0.5\n\ndef root(x):\n    return x**HALF", mine.namespace)
     run_cell(changed(mine_solution("grouped_attention"), {"math.sqrt(D)": "root(D)"}), mine.namespace)
     mine.keep(tmp_path)
     told, text = capsys.readouterr().out, (tmp_path / "attention.py").read_text()
-    assert "repeat_kv: not saved, the course's own is used" in told
-    assert "from minimind.attention import Projections  # the course's own" in text or "Projections, repeat_kv" in text
-    assert "HALF = 0.5" in text and "def root(x):" in text and "def repeat_kv" not in text
+    assert "attention_weights: not saved, the course's own is used" in told
+    assert "from minimind.attention import Projections, attention_weights  # the course's own" in text
+    assert "HALF = 0.5" in text and "def root(x):" in text and "def attention_weights" not in text
 
 
 def mine_solution(exercise: str) -> str:
@@ -404,7 +405,7 @@ def test_a_fuller_file_is_not_replaced_by_a_smaller_one(mine, tmp_path):
     before = (tmp_path / "attention.py").read_text()
     run_cell("def causal_mask(*a, **k):\n    raise NotImplementedError('causal_mask')", mine.namespace)
     run_cell("def attention(*a, **k):\n    raise NotImplementedError('attention')", mine.namespace)
-    with pytest.raises(keep.KeepError, match="it has attention, .*causal_mask"):
+    with pytest.raises(keep.KeepError, match="it has Attention, attention, attention_weights, causal_mask, which"):
         mine.keep(tmp_path)
     assert (tmp_path / "attention.py").read_text() == before and len(list(tmp_path.iterdir())) == 1
     mine.keep(tmp_path, replace=True)

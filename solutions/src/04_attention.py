@@ -415,7 +415,7 @@ nothing = torch.zeros(1, 4, 12, 8)
 bias = alibi_bias(4, 12)
 shares = (nothing @ nothing.transpose(-2, -1) + bias).softmax(dim=-1)
 for h in range(4):
-    print(f"head {h}: shares of the last 5 keys", shares[0, h, -1, -5:].tolist())
+    print(f"head {h}:", " ".join(f"{share:.2f}" for share in shares[0, h, -1]))
 
 # %% [markdown] exercise="reach"
 # ## 10. An experiment: how far does a window reach?
@@ -424,11 +424,12 @@ for h in range(4):
 # input. **Predict first:** how many positions, the last one among them, can the last
 # output of four such layers depend on? Write the number into `predicted_reach`.
 #
-# Then measure. Write `reach(layers, window, T)`: take a random `x` of shape
-# `(1, 1, T, 8)` that wants a gradient; as often as there are layers, let
-# `y = y + attention(y, y, y, mask)` with your sliding mask; take the gradient of the
-# last position's output with respect to `x`; count the positions where it is not zero.
-# Last, fill the dict `measured`: 1, 2, 3 and 4 layers with a window of 8.
+# Then measure. Write `reach(layers, window, T)`: take a small random `x` of shape
+# `(1, 1, T, 8)` that wants a gradient (a tenth of `randn`: large scores would round
+# shares to zero); as often as there are layers, let `y = y + attention(y, y, y, mask)`
+# with your sliding mask; take the gradient of the last position's output with respect
+# to `x`; count the positions where it is not zero. Last, fill the dict `measured`:
+# 1, 2, 3 and 4 layers with a window of 8.
 #
 # <details><summary>Hint 1: the gradient</summary>
 #
@@ -452,7 +453,7 @@ def reach(layers: int, window: int, T: int = 48) -> int:
     """How many of T positions the last output of a stack of layers depends on."""
     ### BEGIN SOLUTION
     torch.manual_seed(0)
-    x = torch.randn(1, 1, T, 8, requires_grad=True)
+    x = (0.1 * torch.randn(1, 1, T, 8)).requires_grad_()
     y = x
     for _ in range(layers):
         y = y + attention(y, y, y, sliding_mask(T, window))
