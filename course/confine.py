@@ -88,7 +88,7 @@ def needed_folders(root: Path) -> list[Path]:
     """What a Python process with torch reads, without the course, the home of anybody, or /tmp."""
     system = [Path(p) for p in ("/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/localtime", "/sys/devices/system/cpu")]
     python = [Path(sys.base_prefix), Path(sys.prefix)]
-    paths = [Path(p) for p in sys.path if p and Path(p).is_dir()]
+    paths = [Path(p) for p in sys.path if p and Path(p).is_dir() and Path(p).name in ("site-packages", "dist-packages")]
     found: list[Path] = []
     for path in [*system, *python, *paths]:
         path = Path(os.path.abspath(path))

@@ -154,7 +154,8 @@ def examine(wanted: str | None = None) -> dict:
     name, why = machine.fitting_profile(found)
     shown = wanted or name
     report = {"machine": found, "problems": problems(found, absent), "remarks": remarks(found),
-              "profile": name, "why": why, "shown": shown, "profiles": {}, "chapters": {}, "measured": {}, "notes": [], "grading": confine.protection()}  # fmt: skip
+              "profile": name, "why": why, "shown": shown, "profiles": {}, "chapters": {}, "measured": {}, "notes": [],
+              "grading": confine.protection()}  # fmt: skip
     if importlib.util.find_spec("yaml") is None:
         report["notes"].append("the profiles cannot be read before the libraries are there")
         return report

@@ -71,7 +71,8 @@ class Server:
         folder = tempfile.mkdtemp(prefix="grade-")
         path = os.path.join(folder, "s")
         environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-                       "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8", "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1"}  # fmt: skip
+                       "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8", "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1",
+                       "HOME": os.path.expanduser("~")}  # fmt: skip  (matplotlib keeps what it knows about fonts there)
         process = subprocess.Popen([sys.executable, "-m", "course.sandbox_worker", path], stdin=subprocess.PIPE, cwd=folder, env=environment,
                                    start_new_session=True)  # fmt: skip
         deadline = time.monotonic() + 120

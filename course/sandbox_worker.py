@@ -503,13 +503,14 @@ def hide(names: dict[str, list[str]]) -> None:
 
 
 def prepare() -> None:
-    """Load what every answer needs, once; nothing here may start a thread, because threads do not survive a fork."""
-    import matplotlib  # noqa: F401  answers that draw find it loaded
+    """Load what every answer needs, once; nothing here may start a thread that stays, because threads do not survive a fork."""
+    import matplotlib.pyplot  # noqa: F401  looks for fonts, which takes seconds
     import numpy  # noqa: F401
     import torch
     import torch.nn.functional  # noqa: F401
 
     torch.set_num_threads(1)
+    torch.ones(2, 2, device="meta").tril()  # the first one imports 800 modules
     sys.path[:] = [str(ROOT), *[p for p in sys.path if p and Path(p).resolve() != ROOT]]
 
 

@@ -63,7 +63,7 @@ def graded_class(tmp_path_factory) -> dict[str, dict]:
     submissions = {path.stem: honest(path) for path in HONEST}
     submissions |= {path.stem: notebook({**INDEPENDENT, attacked(path): path.read_text()}) for path in ATTACKS}
     assert len(submissions) == len(ATTACKS) + len(HONEST)
-    return run(tmp_path_factory.mktemp("class"), submissions, "--jobs", "2", "--seconds", "4", "--memory", "1")
+    return run(tmp_path_factory.mktemp("class"), submissions, "--jobs", "2", "--seconds", "8", "--memory", "1")
 
 
 @pytest.mark.parametrize("path", HONEST, ids=lambda path: path.stem)
