@@ -97,6 +97,28 @@ def test_points_are_exact(tmp_path: Path) -> None:
         assert all(told["reason"] for name, told in found[case]["exercises"].items() if name not in some)
 
 
+def test_the_workbooks_themselves(tmp_path: Path) -> None:
+    """Solved workbooks get all points, empty ones none; answers after a wrong one are judged with the course's own in its place."""
+    for path in sorted((ROOT / "exercises").glob("*.ipynb")):
+        solved = json.loads((ROOT / "solutions" / path.name).read_text())
+        wrong = json.loads(json.dumps(solved))
+        first = next(cell for cell in wrong["cells"] if "exercise" in cell["metadata"])
+        first["source"] = f"# exercise: {first['metadata']['exercise']['name']} (keep this line)\nimport os\nos._exit(0)"
+        for name, made in (("solved", solved), ("empty", json.loads(path.read_text())), ("first-wrong", wrong)):
+            toy.write(tmp_path / "in" / name / path.name, made)
+    command = [sys.executable, "-m", "course", "grade", str(tmp_path / "in"), "--out", str(tmp_path / "out"), "--jobs", "2"]
+    done = subprocess.run(command, env=environment(ROOT), cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for result in json.loads((tmp_path / "out" / "grades.json").read_text()):
+        lost = {name: told["reason"] for name, told in result["exercises"].items() if told["points"] != told["of"]}
+        if result["folder"] == "solved":
+            assert lost == {}
+        elif result["folder"] == "first-wrong":
+            assert list(lost) == [next(iter(result["exercises"]))]
+        else:
+            assert result["points"] == 0
+
+
 def test_reports_and_resuming(tmp_path: Path) -> None:
     """Tables hold what the pages say; a second call grades only what changed; a broken file stops nobody."""
     evil = notebook({**INDEPENDENT, "steps": "raise ValueError('<script>alert(1)</script> \\x00 \\ud800')"})

@@ -97,7 +97,8 @@ def test_values_come_back_as_they_are(opened) -> None:
     back, named = same(*values, key=[torch.ones(1)])
     for value, got in zip(values, back, strict=True):
         assert type(got) is type(value)
-        assert torch.equal(got, value) and got.dtype == value.dtype if isinstance(value, torch.Tensor) else numpy.array_equal(got, value)
+        same_value = torch.equal(got, value) and got.dtype == value.dtype if isinstance(value, torch.Tensor) else got == value
+        assert numpy.all(same_value), value
     assert torch.equal(named["key"][0], torch.ones(1))
     assert same(float("nan"))[0][0] != same(float("nan"))[0][0]
     assert same(torch.empty(2, device="meta"))[0][0].device.type == "meta"
@@ -128,9 +129,7 @@ def broken(): return torch.frombuffer(bytearray([2, 0, 255]), dtype=torch.bool)
     with pytest.raises(TypeError):
         torch.equal(found["yes"](), torch.zeros(3))
     assert type(found["number"]()) is int and found["number"]() != 8
-    with pytest.raises((TypeError, AnswerFailed, RuntimeError)):
-        assert torch.equal(found["liar"](), torch.ones(3))
-        raise TypeError
+    assert type(found["liar"]()) is torch.Tensor and not torch.equal(found["liar"](), torch.ones(3))
     assert found["broken"]().view(torch.uint8).tolist() == [1, 0, 1]
 
 
