@@ -41,10 +41,13 @@ class Desk:
         for check in self.checks.values():
             if check.keeps:
                 try:
-                    core.run(self.checks, check.name, self.namespace)
-                    right.append(check)
+                    remark = core.run(self.checks, check.name, self.namespace)
                 except core.CheckFailed as failure:
-                    wrong.append((check, failure.mistake))
+                    remark = core.NotKept(failure.mistake)
+                if isinstance(remark, core.NotKept):
+                    wrong.append((check, remark))
+                else:
+                    right.append(check)
         if self.solved and folder is None:
             names = ", ".join(name for check in right for name in check.keeps)
             print(f"This is the solved workbook, so nothing is saved. In yours, keep() would save {names}.")

@@ -474,3 +474,13 @@ def test_a_run_says_which_modules_are_the_readers(mine, tmp_path):
     without = course_run(home, "--profile", "cpu", "--only", "1", MINIMIND_STUDENT="")
     assert "your own" not in without.stdout
     assert course_run(home, "--profile", "cpu", MINIMIND_STUDENT="nowhere").returncode == 2
+
+
+def test_the_other_layout_passes_and_is_not_kept(tmp_path, capsys):
+    reader = _desk("05_rope")
+    run_cell(ANSWERS["05_rope"]["apply_rope"]["right"][0], reader.namespace)
+    reader.check("apply_rope")
+    reader.check("scores_of_new")
+    assert "right; it pairs neighbours" in capsys.readouterr().out
+    reader.keep(tmp_path)
+    assert "apply_rope: not saved" in capsys.readouterr().out and "apply_rope" not in student.saved_names(tmp_path / "rope.py")
