@@ -165,7 +165,7 @@ class Answers:
         while todo:
             for each in used(todo.pop()):
                 for other, text in self.sources.items():
-                    if other == name or other in wanted or each not in defined(text) or each in own:
+                    if other == name or other in wanted or each not in {*defined(text), *self.exercises[other]["names"]} or each in own:
                         continue
                     wanted.add(other)
                     if other in self.failed and (names := self.of_the_course(other)):

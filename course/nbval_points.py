@@ -25,12 +25,12 @@ def pytest_configure(config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items) -> None:
-    for item in items:
+    for place, item in enumerate(items):
         told = dict(getattr(item, "cell", {}).get("metadata", {}).get("grade", {})) if type(item).__name__ == "IPyNbCell" else {}
         if told:
-            item.name = item.cell.get("id", item.name)
-            item._nodeid = f"{item.parent.nodeid}::{item.name}"
-            item.user_properties += [(key, told[key]) for key in ("exercise", "points", "role") if told.get(key) not in (None, "")]
+            name = item.cell.get("id", item.name)
+            items[place] = named = type(item).from_parent(item.parent, name=name, cell_num=item.cell_num, cell=item.cell, options=item.options)
+            named.user_properties += [(key, told[key]) for key in ("exercise", "points", "role") if told.get(key) not in (None, "")]
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -212,3 +212,9 @@ def equal(got: torch.Tensor, expected: torch.Tensor, given: object, mistake: str
         place = tuple(int(i) for i in torch.nonzero(~torch.isclose(got.double(), expected.double(), tolerance, tolerance, equal_nan=True))[0])
         given, expected, got = f"{given}; the first number that differs, at {list(place)}", expected[place], got[place]
     fail(mistake, given, expected, got)
+
+
+def unchanged(name: str, before: torch.Tensor, after: torch.Tensor) -> None:
+    """A function must not write into what it was given. The grader keeps `after` as it was, and only marks it."""
+    if not torch.equal(before, after) or getattr(after, "changed_by_answer", False):
+        fail(f"it changes its argument {name} in place; make a new tensor", given=f"{name} {tuple(before.shape)}")

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from course.checks.core import NotKept, close, equal, exercise, fail, shaped
+from course.checks.core import NotKept, close, equal, exercise, fail, shaped, unchanged
 
 MODULE = "rope"
 LENGTHS = "a turn keeps the length of every pair"
@@ -108,8 +108,7 @@ def _turns(apply_rope, layout: str) -> None:
     before = x.clone()
     cos, sin = table(places, speeds)
     got = apply_rope(x, cos, sin)
-    if not torch.equal(before, x):
-        fail("it changes its argument x in place; make a new tensor", "x (2, 3, 6, 8)")
+    unchanged("x", before, x)
     shaped(got, x.shape, "random x (2, 3, 6, 8)")
     if not close(got.norm(dim=-1), x.norm(dim=-1)):
         worst = (got.norm(dim=-1) - x.norm(dim=-1)).abs().max()
@@ -296,8 +295,7 @@ def check_partial_rope(partial_rope):
     got = partial_rope(x, *table(places, speeds))
     given = "random x (2, 3, 5, 12), cos and sin (5, 4)"
     shaped(got, x.shape, given, hint="what is not turned must still be there")
-    if not torch.equal(before, x):
-        fail("it changes its argument x in place; make a new tensor", given)
+    unchanged("x", before, x)
     wanted = {pairs: torch.cat((turned(x[..., :4], places, speeds, pairs), x[..., 4:]), -1) for pairs in ("halves", "neighbours")}
     if not close(got, wanted["neighbours"]):
         last = torch.cat((x[..., :-4], turned(x[..., -4:], places, speeds)), -1)
