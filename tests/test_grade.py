@@ -220,6 +220,7 @@ def test_odd_cells_are_read() -> None:
     ("in/ashada_LATE_12345_678910_04_attention-1.ipynb", "ashada"),  # Canvas
     ("in/04_attention - Zoë Åström.ipynb", "Zoë Åström"),
     ("in/Copy of 04_attention_李明 (2).ipynb", "李明"),
+    ("Group 7/04_attention.ipynb", "Group 7"),
     ("in/O'Neil-Smith_attention_final.ipynb", "O'Neil-Smith"),
 ])  # fmt: skip
 def test_student_names(path: str, name: str) -> None:
