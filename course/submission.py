@@ -140,7 +140,8 @@ def normal(cell: dict) -> dict:
     }  # fmt: skip
 
 
-NOISE = re.compile(r"(?i)\b(copy of|kopie von|copie de|final|late|submission|assignsubmission|onlinetext|file|attempt|version|v)\b|\(\d+\)|\b\d{4,}\b|-\d{1,2}$")
+WORDS = "copy of|kopie von|copie de|final|late|submission|assignsubmission|onlinetext|file|attempt|version|v"
+NOISE = re.compile(rf"(?i)\b({WORDS})\b|\(\d+\)|\b\d{{4,}}\b|-\d{{1,2}}$")
 
 
 def student_name(path: Path, workbook: str) -> str:
