@@ -6,3 +6,10 @@ def start(name: str, profile: str):
     from course.chapter import Chapter
 
     return Chapter(name, profile)
+
+
+def open_workbook(name: str, namespace: dict, solved: bool = False):
+    """Open the workbook of chapter `name`; the set-up cell of every workbook calls this with its own globals()."""
+    from course.desk import Desk
+
+    return Desk(name, namespace, solved)

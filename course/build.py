@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from course import artifacts
+from course import artifacts, workbook
 from course.outputs import check_paths, check_size, take_outputs, without_outputs
 from course.source import ROOT, BuildError, Chapter, check_book, read_chapter
 
 # Where readers without a clone (Colab) fetch the course from. The environment variable MINIMIND_COURSE overrides it.
 REPOSITORY = "https://example.org/minimind-course.git"
 SIZE_LIMIT = 500_000  # bytes of an executed notebook
+MINE = ".mine"  # a workbook that a reader filled in, put aside before a build replaces it
 
 SETUP = '''\
 import importlib.util, os, subprocess, sys
@@ -36,26 +37,31 @@ if importlib.util.find_spec("course") is None:  # not installed here (Colab): us
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", address, folder], check=True)
     sys.path.insert(0, os.path.abspath(folder))
 
+'''
+CHAPTER_SETUP = SETUP + '''\
 from course import install, start
 
 install.install_missing()  # does nothing on a prepared machine, and never touches torch
 chapter = start("{name}", profile)
 check, show = chapter.check, chapter.show'''
+WORKBOOK_SETUP = SETUP + '''\
+from course import install, open_workbook
 
-INIT = '''"""The package that the chapters build: one module for each chapter, generated from the notebooks.
+install.install_missing()  # does nothing on a prepared machine, and never touches torch
+workbook = open_workbook("{name}", globals())
+check, solution, keep = workbook.check, workbook.solution, workbook.keep'''
+SOLVED_SETUP = WORKBOOK_SETUP.replace("globals())", "globals(), solved=True)")
 
-Do not edit the files of this folder. Edit chapters/src and run `python -m course build`.
-"""
-'''
+INIT = Path(__file__).with_name("package.py").read_text(encoding="utf-8")  # minimind/__init__.py
 
 
-def make_notebook(chapter: Chapter, old: dict | None = None) -> dict:
+def make_notebook(chapter: Chapter, old: dict | None = None, setup: str = CHAPTER_SETUP) -> dict:
     """The notebook of a chapter as plain JSON data; outputs of unchanged cells are taken over from `old`."""
     kept = {c.get("id"): c for c in (old or {}).get("cells", []) if c["cell_type"] == "code"}
     cells = []
     for cell in chapter.cells:
-        source = SETUP.format(name=chapter.name, repository=REPOSITORY) if cell.id == "setup" else cell.source
-        metadata: dict = {"id": cell.id} if cell.kind == "code" else {}
+        source = setup.format(name=chapter.name, repository=REPOSITORY) if cell.id == "setup" else cell.source
+        metadata: dict = ({"id": cell.id} if cell.kind == "code" else {}) | cell.metadata
         if cell.tags:
             metadata["tags"] = cell.tags
         new = {"cell_type": cell.kind, "id": cell.id, "metadata": metadata, "source": source.splitlines(keepends=True)}
@@ -163,8 +169,8 @@ def write_atomically(path: Path, data: bytes) -> bool:
     return True
 
 
-def read_book(root: Path, only: list[str] | None = None) -> list[Chapter]:
-    """Read and check the sources. With `only`, another chapter's own problems do not stop the build of these."""
+def read_book(root: Path, only: list[str] | None = None) -> tuple[list[Chapter], list[workbook.Workbook]]:
+    """Read and check the sources of chapters and workbooks. With `only`, another chapter's own problems do not stop the build of these."""
     chapters, problems = [], []
     for path in sorted((root / "chapters" / "src").glob("*.py")):
         try:
@@ -172,12 +178,17 @@ def read_book(root: Path, only: list[str] | None = None) -> list[Chapter]:
         except BuildError as error:
             if only is None or path.stem in only:
                 problems += error.problems
-    across = check_book(chapters)
+    workbooks = []
+    try:
+        workbooks = workbook.read_workbooks(root, only)
+    except BuildError as error:
+        problems += error.problems
+    across = check_book([*chapters, *(book.source for book in workbooks)])
     if only is not None:
         across = [p for p in across if any(f"/{name}.py:" in p for name in only)]
     if problems or across:
         raise BuildError(problems + across)
-    return chapters
+    return chapters, workbooks
 
 
 def pick(root: Path, wanted: list[str]) -> list[str] | None:
@@ -216,7 +227,7 @@ def make_samples(root: Path, modules: dict[str, bytes]) -> dict[Path, bytes]:
         package.joinpath("__init__.py").touch()
         for name, text in modules.items():
             package.joinpath(name).write_bytes(text)
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([scratch, str(root)]), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([scratch, str(root)]), "PYTHONDONTWRITEBYTECODE": "1", "MINIMIND_STUDENT": ""}
         done = subprocess.run([sys.executable, "-c", program, str(root)], capture_output=True, cwd=scratch, env=environment)
     if done.returncode:
         last = (done.stderr.decode().strip().splitlines() or ["no message"])[-1]
@@ -234,36 +245,52 @@ class Made:
     whole: bool = True  # all chapters, not a part
 
 
-def build(root: Path = ROOT, wanted: list[str] | None = None, draft: bool = False, run: Path | None = None, profile: str = "cpu") -> Made:
+def add_notebook(
+    made: Made, path: Path, chapter: Chapter, setup: str, run: Path | None, profile: str, problems: list[str]
+) -> dict | None:  # fmt: skip
+    """Make one notebook, with the outputs that a run has or that are there already (exercises have none); None where that fails."""
+    notebook = make_notebook(chapter, None if path.parent.name == "exercises" else read_notebook(path), setup)
+    if run and path.parent.name != "exercises":
+        executed = read_notebook(run / path.name)
+        if executed is None:
+            problems.append(f"{chapter.where(chapter.cells[0])}: {run / path.name} is missing or not a notebook")
+            return None
+        home = run.resolve().parent.parent  # runs/NAME lies in a course
+        if path.parent.name == "solutions":
+            home = home.parent
+        try:
+            notebook = take_outputs(chapter, notebook, executed, profile, home)
+        except BuildError as error:
+            problems += error.problems
+    made.notebooks[path] = chapter, notebook
+    made.files[path] = dump_notebook(notebook)
+    problems += check_size(chapter, notebook, len(made.files[path]), SIZE_LIMIT) + check_paths(chapter, notebook)
+    return notebook
+
+
+def build(root: Path = ROOT, wanted: list[str] | None = None, draft: bool = False, run: Path | None = None, profile: str = "cpu",
+          ran: bool = True) -> Made:  # fmt: skip
     """Make all files of the wanted chapters; nothing is written.
 
-    `run` is the folder of a course run whose outputs are taken. A draft only prints what ruff says.
+    `run` is the folder of a course run whose outputs are taken (`ran`: those of chapters too). A draft only prints what ruff says.
     """
     only = pick(root, wanted or [])
     made = Made(whole=only is None)
-    book = read_book(root, only)
+    book, workbooks = read_book(root, only)
     problems: list[str] = []
     for chapter in book:
         if only is not None and chapter.name not in only:
             continue
-        path = root / "chapters" / f"{chapter.name}.ipynb"
-        notebook = make_notebook(chapter, read_notebook(path))
-        if run:
-            executed = read_notebook(run / path.name)
-            if executed is None:
-                problems.append(f"{chapter.where(chapter.cells[0])}: {run / path.name} is missing or not a notebook")
-                continue
-            try:
-                notebook = take_outputs(chapter, notebook, executed, profile, run.resolve().parent.parent)  # runs/NAME lies in a course
-            except BuildError as error:
-                problems += error.problems
-        made.notebooks[path] = chapter, notebook
-        made.files[path] = dump_notebook(notebook)
-        problems += check_size(chapter, notebook, len(made.files[path]), SIZE_LIMIT) + check_paths(chapter, notebook)
-        made.modules |= {name: (chapter, text) for name, text in export_modules(chapter, notebook).items()}
+        notebook = add_notebook(made, root / "chapters" / f"{chapter.name}.ipynb", chapter, CHAPTER_SETUP, run if ran else None, profile, problems)
+        made.modules |= {name: (chapter, text) for name, text in export_modules(chapter, notebook).items()} if notebook else {}
+    for each in workbooks:
+        add_notebook(made, root / "exercises" / f"{each.name}.ipynb", each.stubs(), WORKBOOK_SETUP, None, profile, problems)
+        solved = run / "solutions" if run and (run / "solutions" / f"{each.name}.ipynb").exists() else None
+        add_notebook(made, root / "solutions" / f"{each.name}.ipynb", each.solved(), SOLVED_SETUP, solved, profile, problems)
     if problems:
         raise BuildError(problems)
-    if problems := check_style([c for c, _ in made.notebooks.values()], made.modules, root):
+    sources = [chapter for path, (chapter, _) in made.notebooks.items() if path.parent.name != "exercises"]
+    if problems := check_style(sources, made.modules, root):
         if not draft:
             raise BuildError(problems)
         print("\n".join(problems), file=sys.stderr)
@@ -287,10 +314,11 @@ def orphans(root: Path, made: Made) -> list[Path]:
     """Generated files that no source makes any more; only a build of all chapters can tell."""
     if not made.whole:
         return []
-    found = [*(root / "chapters").glob("*.ipynb"), *(root / "minimind").glob("*.py")]
+    found = [*(root / "minimind").glob("*.py")]
+    found += [path for folder in ("chapters", "exercises", "solutions") for path in (root / folder).glob("*.ipynb")]
     if any("sample" in path.parts for path in made.files):
         found += [path for path in (root / "data" / "sample").rglob("*") if path.is_file()]
-    return sorted(path for path in found if path not in made.files and not path.name.startswith("."))
+    return sorted(path for path in found if path not in made.files and not path.name.startswith(".") and MINE not in path.name)
 
 
 def stale(root: Path, made: Made) -> list[str]:
@@ -307,7 +335,8 @@ def stale(root: Path, made: Made) -> list[str]:
             if notebook is None:
                 problems.append(f"{shown}:1: not a notebook any more; run `python -m course build`")
                 continue
-            there, wanted = (dump_notebook(without_outputs(n)) for n in (notebook, made.notebooks[path][1]))
+            if path.parent.name != "exercises":  # those have no outputs
+                there, wanted = (dump_notebook(without_outputs(n)) for n in (notebook, made.notebooks[path][1]))
         if there != wanted:
             problems.append(describe_difference(shown, there.decode(errors="replace"), wanted.decode(), made, path))
     return problems
@@ -340,6 +369,23 @@ def execute(chapters: list[str], profile: str) -> Path:
     return artifacts.runs() / name
 
 
+def execute_solutions(notebooks: list[Path], run: Path) -> None:
+    """Run the solved workbooks; the results go to RUN/solutions. Raises BuildError if a check fails."""
+    from course import execute as engine
+
+    problems = []
+    for path in notebooks:
+        target = run / "solutions" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        told = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "MINIMIND_STUDENT": ""}
+        try:
+            engine.execute(path, target, {}, told)
+        except engine.ChapterError as error:
+            problems.append(f"solutions/{path.name}:1: {error}")
+    if problems:
+        raise BuildError(problems)
+
+
 def refuse_partial_run(run: Path) -> None:
     """The book shows results of the profile as it stands: not those of a run with --max-steps, --set or other data."""
     state = read_notebook(run / "state.json") or {}
@@ -353,6 +399,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--check", action="store_true", help="write nothing; fail if a committed file differs from its source")
     what.add_argument("--execute", action="store_true", help="run the chapters and store their outputs in the notebooks")
     what.add_argument("--from-run", metavar="FOLDER", type=Path, help="store the outputs of a finished run (runs/NAME)")
+    parser.add_argument("--workbooks", action="store_true", help="with --execute: run the solved workbooks alone, not the chapters")
     parser.add_argument("--profile", default="cpu", help="the profile of --execute and --from-run (default: cpu)")
     parser.add_argument("--draft", action="store_true", help="write the files even where ruff complains about style")
     parser.epilog = """examples:
@@ -361,6 +408,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   python -m course build 4 --draft             while you write: style problems are printed and do not stop the build
   python -m course build --check               what continuous integration calls
   python -m course build --execute             run the book at the cpu profile and keep its outputs
+  python -m course build --execute --workbooks 4   run the solved workbook of chapter 4
   python -m course build --from-run runs/NAME  keep the outputs of a run that is already there"""
 
 
@@ -374,6 +422,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def run_build(args: argparse.Namespace) -> int:
+    os.environ.pop("MINIMIND_STUDENT", None)  # the book shows the course's own modules
     if args.check:
         made = build(ROOT, args.chapters)
         if problems := stale(ROOT, made):
@@ -384,13 +433,18 @@ def run_build(args: argparse.Namespace) -> int:
     if run and not run.is_dir():
         raise BuildError([f"{run}:1: no such folder; a finished run is in runs/NAME"])
     if args.execute:
-        save(build(ROOT, args.chapters))  # what runs must be what the sources say now
-        run = execute(pick(ROOT, args.chapters) or [], args.profile)
+        made = build(ROOT, args.chapters)
+        save(made)  # what runs must be what the sources say now
+        names = pick(ROOT, args.chapters)
+        run = artifacts.runs() / f"build-{time.strftime('%Y%m%d-%H%M%S')}" if args.workbooks else execute(names or [], args.profile)
+        execute_solutions([path for path in made.notebooks if path.parent.name == "solutions"], run)
     elif run and not args.chapters:
         args.chapters = [path.stem for path in sorted(run.glob("[0-9][0-9]_*.ipynb"))]
     if run:
         refuse_partial_run(run)
-    made = build(ROOT, args.chapters, args.draft, run, args.profile)
+    made = build(ROOT, args.chapters, args.draft, run, args.profile, not args.workbooks)
+    for path in keep_answers(made):
+        print(f"the answers in this workbook are kept in {path.relative_to(ROOT)}")
     changed = save(made)
     for path in changed:
         print(f"wrote {path.relative_to(ROOT)}")
@@ -398,6 +452,20 @@ def run_build(args: argparse.Namespace) -> int:
     for path in orphans(ROOT, made):
         print(f"{path.relative_to(ROOT)}: no source makes this file any more; delete it", file=sys.stderr)
     return 0
+
+
+def keep_answers(made: Made) -> list[Path]:
+    """Put aside each workbook that somebody filled in and that a build would replace: one with outputs, or cells that were run."""
+    kept = []
+    for path, data in made.files.items():
+        if path.parent.name != "exercises" or not path.exists() or path.read_bytes() == data:
+            continue
+        there = read_notebook(path)
+        if there is None or any(c.get("outputs") or c.get("execution_count") for c in there["cells"]):
+            numbers = ["", *(f"-{number}" for number in range(2, 1000))]
+            kept.append(next(new for n in numbers if not (new := path.with_name(f"{path.stem}{MINE}{n}.ipynb")).exists()))
+            write_atomically(kept[-1], path.read_bytes())
+    return kept
 
 
 def save(made: Made) -> list[Path]:

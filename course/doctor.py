@@ -8,7 +8,7 @@ import json
 import sys
 import time
 
-from course import install, machine
+from course import confine, install, machine
 
 OLDEST_TORCH = (2, 11)
 DISK_GB = 2.0  # a cpu run with its checkpoints and data stays below this
@@ -154,7 +154,8 @@ def examine(wanted: str | None = None) -> dict:
     name, why = machine.fitting_profile(found)
     shown = wanted or name
     report = {"machine": found, "problems": problems(found, absent), "remarks": remarks(found),
-              "profile": name, "why": why, "shown": shown, "profiles": {}, "chapters": {}, "measured": {}, "notes": []}  # fmt: skip
+              "profile": name, "why": why, "shown": shown, "profiles": {}, "chapters": {}, "measured": {}, "notes": [],
+              "grading": confine.protection()}  # fmt: skip
     if importlib.util.find_spec("yaml") is None:
         report["notes"].append("the profiles cannot be read before the libraries are there")
         return report
@@ -211,6 +212,7 @@ def write_report(report: dict) -> str:
         "GPU": gpu,
         "bfloat16": f"processor: {m['bf16']}" + (f"; GPU: {m['bf16_gpu']}" if m["gpu"] else ""),
         "C++ compiler": m["compiler"] or "none",
+        "grading": report["grading"],
     }
     lines += [f"  {key:13} {value}" for key, value in rows.items()]
     lines += ["", f"Profile {report['profile']} fits: {report['why']}.", ""]

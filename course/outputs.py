@@ -116,7 +116,8 @@ def check_paths(chapter: Chapter, notebook: dict) -> list[str]:
         for output in cell.get("outputs", []):
             parts = [output.get("text", ""), *(v for mime, v in output.get("data", {}).items() if mime.startswith("text/"))]
             for found in ABSOLUTE.findall("\n".join("".join(part) for part in parts))[:1]:
-                told = f"the output of chapters/{chapter.name}.ipynb names {found}, a path of one machine; print it relative to the course"
+                shown = f"{chapter.path.parents[1].name}/{chapter.name}.ipynb"
+                told = f"the output of {shown} names {found}, a path of one machine; print it relative to the course"
                 problems.append(f'{chapter.where(source)}: cell id="{source.id}": {told}')
     return problems
 
@@ -129,4 +130,4 @@ def check_size(chapter: Chapter, notebook: dict, size: int, limit: int) -> list[
     heavy = sorted((c for c in chapter.cells if c.kind == "code"), key=lambda c: -weights[c.id])[:3]
     cells = ", ".join(f"{c.id} ({weights[c.id] / 1000:.0f} KB)" for c in heavy)
     told = f"has {size / 1000:.0f} KB, the limit is {limit / 1000:.0f}; largest: {cells}"
-    return [f"{chapter.where(heavy[0])}: chapters/{chapter.name}.ipynb {told}"]
+    return [f"{chapter.where(heavy[0])}: {chapter.path.parents[1].name}/{chapter.name}.ipynb {told}"]

@@ -98,6 +98,7 @@ class Run:
     @classmethod
     def _new(cls, args: argparse.Namespace, timeout: float | None) -> "Run":
         root = artifacts.home()
+        student_modules()
         name = args.profile or _fitting_profile()
         profile = load(name, root, args.set)
         chapters = select(args.only, all_chapters(root))
@@ -297,6 +298,8 @@ class Run:
         state, count = self.state, len(self.state["chapters"])
         print(f"profile {self.profile.name} ({self.profile.machine}); model {self.profile.model}; data {state['data_name']}")
         print(f"results go to {self.shown(self.folder)}")
+        for module, names in student_modules().items():
+            print(f"your own: minimind.{module} ({', '.join(names)})")
         if state["set"]:
             print(f"changed in this run: {', '.join(state['set'])}")
         if state["max_steps"]:
@@ -376,6 +379,16 @@ class Run:
             except (OSError, ValueError, KeyError):
                 continue
         return expected
+
+
+def student_modules() -> dict[str, list[str]]:
+    """The modules that are the reader's own in this run, and what they have; RunError where MINIMIND_STUDENT names nothing."""
+    from course import student
+
+    try:
+        return student.modules()
+    except ImportError as error:
+        raise RunError(str(error)) from None
 
 
 def all_chapters(root: Path) -> list[str]:

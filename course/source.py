@@ -55,6 +55,8 @@ class Cell:
     tags: list[str] = field(default_factory=list)
     directives: dict[str, str] = field(default_factory=dict)
     export: str | None = None  # the module this cell is exported to
+    extra: dict = field(default_factory=dict)  # what else stands on the marker: the facts of an exercise
+    metadata: dict = field(default_factory=dict)  # what the notebook's cell gets beside its id and tags
 
     @property
     def code(self) -> str:
@@ -102,6 +104,28 @@ def show_path(path: Path) -> str:
 
 def read_chapter(path: Path) -> Chapter:
     """Read one source; raise BuildError with every problem that this file has by itself."""
+    cells, problems = read_cells(path)
+    shown = show_path(path)
+    chapter = Chapter(path, cells, None)
+    chapter.module, more = find_exports(chapter)
+    problems += more
+    if [c.id for c in cells if c.kind == "code"][:2] != ["parameters", "setup"]:
+        problems.append(f"{shown}:{cells[0].line if cells else 1}: the first two code cells must have "
+                        'id="parameters" (with tags=["parameters"]) and id="setup"')  # fmt: skip
+    else:
+        parameters = next(c for c in cells if c.id == "parameters")
+        if "parameters" not in parameters.tags:
+            problems.append(f'{chapter.where(parameters)}: the parameters cell needs tags=["parameters"]')
+        if not (cells[0].kind == "markdown" and cells[0].source.startswith("# ")):
+            problems.append(f"{shown}:{cells[0].line}: the first cell must be markdown that starts with the title (# ...)")
+    problems += [p for cells_of in chapter.modules().values() for c in cells_of for p in check_export(chapter, c)]
+    if problems:
+        raise BuildError(problems)
+    return chapter
+
+
+def read_cells(path: Path, known: tuple[str, ...] = ("id", "tags")) -> tuple[list[Cell], list[str]]:
+    """The cells of a source, and what is wrong with them; `known` names the attributes that a cell may have."""
     import jupytext
 
     text = path.read_text(encoding="utf-8")
@@ -121,46 +145,32 @@ def read_chapter(path: Path) -> Chapter:
     cells: list[Cell] = []
     for line, raw in zip(markers, notebook.cells, strict=True):
         try:
-            cells.append(read_cell(raw, line, path.stem, cells))
+            cells.append(read_cell(raw, line, path.stem, cells, known))
         except ValueError as error:
             problems.append(f"{shown}:{line}: {error}")
-    chapter = Chapter(path, cells, None)
-    chapter.module, more = find_exports(chapter)
-    problems += more
-    if [c.id for c in cells if c.kind == "code"][:2] != ["parameters", "setup"]:
-        problems.append(f"{shown}:{markers[0] if markers else 1}: the first two code cells must have "
-                        'id="parameters" (with tags=["parameters"]) and id="setup"')  # fmt: skip
-    else:
-        parameters = next(c for c in cells if c.id == "parameters")
-        if "parameters" not in parameters.tags:
-            problems.append(f'{chapter.where(parameters)}: the parameters cell needs tags=["parameters"]')
-        if not (cells[0].kind == "markdown" and cells[0].source.startswith("# ")):
-            problems.append(f"{shown}:{cells[0].line}: the first cell must be markdown that starts with the title (# ...)")
-    problems += [p for cells_of in chapter.modules().values() for c in cells_of for p in check_export(chapter, c)]
-    if problems:
-        raise BuildError(problems)
-    return chapter
+    return cells, problems
 
 
-def read_cell(raw, line: int, chapter: str, before: list[Cell]) -> Cell:
+def read_cell(raw, line: int, chapter: str, before: list[Cell], known: tuple[str, ...] = ("id", "tags")) -> Cell:
     """Turn a jupytext cell into ours; ValueError says what is wrong with it."""
     metadata = {k: v for k, v in raw.metadata.items() if k != "lines_to_next_cell"}
     if raw.cell_type not in ("markdown", "code"):
         raise ValueError(f"a {raw.cell_type} cell; only markdown and code cells are known")
-    if unknown := sorted(set(metadata) - {"id", "tags"}):
-        raise ValueError(f"unknown cell metadata {', '.join(unknown)}; only id and tags are known")
+    if unknown := sorted(set(metadata) - set(known)):
+        raise ValueError(f"unknown cell metadata {', '.join(unknown)}; only {', '.join(known[:-1])} and {known[-1]} are known")
+    extra = {name: value for name, value in metadata.items() if name not in ("id", "tags")}
     if raw.cell_type == "markdown":
         taken = {cell.id for cell in before}
         given = metadata.get("id")
         identity = given or markdown_id(chapter, raw.source, taken)
         if given and not CELL_ID.fullmatch(given):
             raise ValueError(f'id="{given}" is not kebab-case (a to z, 0 to 9 and -, at most 64)')
-        return Cell("markdown", identity, raw.source, line, list(metadata.get("tags", [])))
+        return Cell("markdown", identity, raw.source, line, list(metadata.get("tags", [])), extra=extra)
     if "id" not in metadata:
         raise ValueError('a code cell without an id; write for example # %% id="attention-scores"')
     if not CELL_ID.fullmatch(str(metadata["id"])):
         raise ValueError(f'id="{metadata["id"]}" is not kebab-case (a to z, 0 to 9 and -, at most 64)')
-    cell = Cell("code", metadata["id"], raw.source, line, list(metadata.get("tags", [])))
+    cell = Cell("code", metadata["id"], raw.source, line, list(metadata.get("tags", [])), extra=extra)
     body_started = False
     for text in cell.source.splitlines():
         found = DIRECTIVE.match(text)
@@ -315,7 +325,7 @@ def check_book(chapters: list[Chapter]) -> list[str]:
     for chapter in chapters:
         for cell in chapter.cells:
             shared = cell.kind == "markdown" or cell.id in ("parameters", "setup")
-            key = f"{chapter.name}/{cell.id}" if shared else cell.id
+            key = f"{chapter.path}/{cell.id}" if shared else cell.id
             if key in ids:
                 problems.append(f'{chapter.where(cell)}: duplicate cell id="{cell.id}", first used at {ids[key]}')
             ids.setdefault(key, chapter.where(cell))

@@ -301,7 +301,7 @@ def test_check_finds_every_stale_file(book, monkeypatch, capsys):
         "minimind/__init__.py": "minimind/__init__.py:1: stale",
     }
     monkeypatch.setattr(build, "ROOT", book)
-    arguments = Namespace(check=True, execute=False, from_run=None, chapters=[], draft=False, profile="cpu")
+    arguments = Namespace(check=True, execute=False, from_run=None, chapters=[], draft=False, profile="cpu", workbooks=False)
     for name, change in changes.items():
         change(book / name)
         found = build.stale(book, build.build(book))
@@ -404,7 +404,7 @@ def test_outputs_of_a_run_cut_short_are_refused(book, monkeypatch, capsys):
     monkeypatch.setattr(build, "ROOT", book)
     folder = run_of(book)
     (folder / "state.json").write_text('{"bands": false}')
-    arguments = Namespace(check=False, execute=False, from_run=folder, chapters=[], draft=False, profile="cpu")
+    arguments = Namespace(check=False, execute=False, from_run=folder, chapters=[], draft=False, profile="cpu", workbooks=False)
     assert build.main(arguments) == 1 and "--max-steps" in capsys.readouterr().err
     (folder / "state.json").write_text('{"bands": true}')
     assert build.main(arguments) == 0
@@ -451,7 +451,7 @@ def test_execute_runs_the_chapters_and_keeps_their_outputs(book, monkeypatch):
         return run_of(book, outputs_of={"alpha-try": [stream("done\n")]})
 
     monkeypatch.setattr(build, "execute", run)
-    arguments = Namespace(check=False, execute=True, from_run=None, chapters=["1"], draft=False, profile="cpu")
+    arguments = Namespace(check=False, execute=True, from_run=None, chapters=["1"], draft=False, profile="cpu", workbooks=False)
     assert build.main(arguments) == 0
     assert calls == [(["01_alpha"], "cpu")] and cells(book)["alpha-try"]["outputs"][0]["text"] == ["done\n"]
 

@@ -1,0 +1,349 @@
+"""Answers in a process of their own: what comes out is data, what they may use is limited, and checks see them as if they were here."""
+
+import json
+import socket
+import time
+
+import numpy
+import pytest
+import torch
+import yaml
+from helpers_workbooks import NAMES, ROOT, book, changed, checks_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from course import confine, graded
+from course.checks import core
+from course.confine import Limits
+from course.sandbox import AnswerFailed, Remote, Sandbox, Server, protection
+from course.submission import Master, Submission, asked_for
+from course.wire import Channel, Decoder, Encoder, WireError
+from tests import toy_workbook as toy
+
+ANSWERS = {name: yaml.safe_load((ROOT / "tests" / "wrong_answers" / f"{name}.yaml").read_text()) for name in NAMES}
+CASES = [(name, exercise, kind, number) for name in NAMES for exercise, told in ANSWERS[name].items() for kind in ("wrong", "right")
+         for number in range(len(told[kind]))]  # fmt: skip
+PLAIN = st.none() | st.booleans() | st.integers(max_value=10**6) | st.floats() | st.text(max_size=8)
+KINDS = "tensor array scalar dict list size int float bytes dtype device slice meta set named x".split()
+NAMESPACES = bool(confine.protection().startswith("own root"))
+needs_namespaces = pytest.mark.skipif(not NAMESPACES, reason="this system allows no namespaces")
+
+
+@pytest.fixture(scope="session")
+def server():
+    server = Server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def opened(server):
+    """opened(source, names...): what an answer defines."""
+    boxes = []
+
+    def start(source: str, *names: str, seconds: int = 4, **options) -> dict:
+        limits = Limits(cpu_seconds=seconds, wall_seconds=3 * seconds, memory_bytes=2**30)
+        boxes.append(Sandbox(server, [{"name": "answer", "source": source, "answer": True, "names": list(names)}], limits, **options))
+        found = boxes[-1].open()
+        return found
+
+    start.boxes = boxes
+    yield start
+    for box in boxes:
+        box.close()
+
+
+# --- the checks of the workbooks see answers as they are
+
+
+@pytest.mark.parametrize("name, exercise, kind, number", CASES, ids=lambda value: str(value))
+def test_checks_judge_from_afar_as_in_the_notebook(server, name, exercise, kind, number) -> None:
+    """Each wrong answer is rejected with the same words, each honest one passes, although the check never touches the object itself."""
+    told = ANSWERS[name][exercise][kind][number]
+    workbook = book(name)
+    code = told if kind == "right" else told.get("code") or changed(workbook.solution(exercise), told["change"])
+    names = [n for e in workbook.exercises for n in asked_for(workbook.solution(e.name))]
+    shared = [c.source for c in workbook.source.cells if c.kind == "code" and c.id.endswith("imports")]
+    cells = [{"name": "workbook", "source": source, "answer": False, "names": []} for source in shared]
+    cells += [{"name": e.name, "source": workbook.solution(e.name), "answer": False, "names": []} for e in workbook.exercises]
+    cells.append({"name": exercise, "source": code, "answer": True, "names": names})
+    box = Sandbox(server, cells, Limits())
+    try:
+        if kind == "right":
+            core.run(checks_of(name), exercise, box.open())
+            return
+        try:
+            space = box.open()
+        except Exception:  # an answer that cannot even be defined
+            return
+        with pytest.raises(core.CheckFailed) as caught:
+            core.run(checks_of(name), exercise, space)
+        assert told["says"] in str(caught.value) or "changes its argument" in told["says"]  # its changes stay over there, its result is wrong
+    finally:
+        box.close()
+
+
+# --- values
+
+
+def test_values_come_back_as_they_are(opened) -> None:
+    same = opened("def same(*args, **named):\n    return args, named", "same")["same"]
+    values = [
+        None, True, 3, 2**100, -0.5, float("inf"), 1 + 2j, "é\n", b"\x00", [1, [2]], (1,), {1: "a", "b": [None]}, {3}, slice(1, None), range(3), ...,
+        torch.float16, torch.Size([2]), torch.arange(6).reshape(2, 3).T, torch.zeros(0, 3), torch.tensor([True]), torch.tensor(1 + 1j),
+        torch.randn(2, dtype=torch.bfloat16), torch.arange(4)[::2], numpy.arange(3.0), numpy.float32(2.5), torch.zeros(2).expand(3, 2),
+    ]  # fmt: skip
+    back, named = same(*values, key=[torch.ones(1)])
+    for value, got in zip(values, back, strict=True):
+        assert type(got) is type(value)
+        same_value = torch.equal(got, value) and got.dtype == value.dtype if isinstance(value, torch.Tensor) else got == value
+        assert numpy.all(same_value), value
+    assert torch.equal(named["key"][0], torch.ones(1))
+    assert same(float("nan"))[0][0] != same(float("nan"))[0][0]
+    assert same(torch.empty(2, device="meta"))[0][0].device.type == "meta"
+    assert back[18].stride() == values[18].stride()  # a transposed tensor stays one
+
+
+def test_what_an_answer_returns_cannot_lie(opened) -> None:
+    """Objects that claim to equal everything are handles here, and equal nothing; subclasses of plain types become plain."""
+    source = """
+import torch
+class Yes:
+    def __eq__(self, other): return True
+    def __bool__(self): return True
+    shape = (3,)
+class Number(int):
+    def __eq__(self, other): return True
+    __hash__ = int.__hash__
+class Liar(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, f, types, args=(), kwargs=None): return True
+def yes(): return Yes()
+def number(): return Number(7)
+def liar(): return torch.zeros(3).as_subclass(Liar)
+def broken(): return torch.frombuffer(bytearray([2, 0, 255]), dtype=torch.bool)
+"""
+    found = opened(source, "yes", "number", "liar", "broken")
+    assert isinstance(found["yes"](), Remote) and not found["yes"]() == 3 and 3 != found["yes"]()
+    with pytest.raises(TypeError):
+        torch.equal(found["yes"](), torch.zeros(3))
+    assert type(found["number"]()) is int and found["number"]() != 8
+    assert type(found["liar"]()) is torch.Tensor and not torch.equal(found["liar"](), torch.ones(3))
+    assert found["broken"]().view(torch.uint8).tolist() == [1, 0, 1]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=5), max_leaves=20), st.sampled_from(KINDS))
+def test_malformed_values_are_refused(value, kind) -> None:
+    """Whatever stands in a message, reading it gives a value or a WireError."""
+    code = [kind, *value] if isinstance(value, list) else [kind, value]
+
+    def refuse(code):
+        raise WireError("unknown")
+
+    try:
+        Decoder([b"\x01\x02\x03\x04", b""], refuse)(code)
+    except WireError:
+        pass
+
+
+def test_messages_have_limits() -> None:
+    here, there = socket.socketpair()
+    for junk in (b"\xff" * 16 + b"x", b"\x00" * 7 + b"\x02" + b"\x00" * 8 + b"[]", b"\x00" * 7 + b"\x01" + b"\x00" * 8 + b"{"):
+        there.sendall(junk)
+        with pytest.raises(WireError):
+            Channel(here).receive(time.monotonic() + 1)
+        here.close()
+        here, there = socket.socketpair()
+    with pytest.raises(WireError):  # half a message, and then nothing
+        there.sendall(b"\x00")
+        Channel(here).receive(time.monotonic() + 0.2)
+    deep: list = []
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(WireError):
+        Encoder(lambda value: None)(deep)
+
+
+# --- objects that stay over there
+
+
+def test_gradients_flow_through(opened) -> None:
+    found = opened("import torch\ndef f(x, w):\n    return (x @ w).tanh(), x.sum().detach()", "f")
+    x, w = torch.randn(2, 3, requires_grad=True), torch.randn(3, 4)
+    y, total = found["f"](x, w)
+    assert y.requires_grad and not total.requires_grad
+    (ours,) = torch.autograd.grad(y.pow(2).sum(), x)
+    (theirs,) = torch.autograd.grad((x @ w).tanh().pow(2).sum(), x)
+    assert torch.allclose(ours, theirs)
+    with torch.no_grad():
+        assert not found["f"](x, w)[0].requires_grad
+
+
+def test_modules_are_mirrored(opened) -> None:
+    """Parameters live here, code lives there: training and loading work as with a module of our own."""
+    source = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 2)
+        self.b.bias = self.a.bias if False else self.b.bias
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(()))
+    def forward(self, x, f=None):
+        self.calls += 1
+        h = self.drop(self.a(x))
+        return self.b(f(h) if f else h)
+    def twice(self, x):
+        return self(self(x))
+"""
+    made = opened(source, "Net")["Net"]
+    net, twin = made(), nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    assert isinstance(net, nn.Module) and isinstance(net, made) and issubclass(made, nn.Module) and not isinstance(twin, made)
+    twin.load_state_dict({"0.weight": net.a.weight, "0.bias": net.a.bias, "1.weight": net.b.weight, "1.bias": net.b.bias})
+    net.eval()
+    x = torch.randn(5, 2)
+    assert torch.allclose(net(x), twin(x)) and torch.allclose(net.twice(x), twin(twin(x))) and torch.allclose(net.a(x), twin[0](x))
+    assert torch.allclose(net(x, torch.relu), twin[1](twin[0](x).relu())) and torch.allclose(net(x, lambda h: h * 2), twin[1](twin[0](x) * 2))
+    assert net.calls == 5
+    for module in (net, twin):
+        optimizer = torch.optim.AdamW(module.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(x).pow(2).sum().backward()
+            optimizer.step()
+    assert torch.allclose(net(x), twin(x), atol=1e-6)
+    net.train()
+    assert not torch.equal(net(x), net(x))  # dropout, and the random numbers go on
+
+
+def test_errors_keep_their_type_and_line(opened) -> None:
+    source = "class Own(Exception):\n    pass\ndef value():\n    raise ValueError('no')\n" \
+             "def own():\n    raise Own('mine')\ndef out():\n    raise SystemExit(0)"  # fmt: skip
+    found = opened(source, "value", "own", "out")
+    with pytest.raises(ValueError, match="no") as caught:
+        found["value"]()
+    assert caught.value.answer_line == "line 4: raise ValueError('no')"
+    for name in ("own", "out"):
+        with pytest.raises(RuntimeError):
+            found[name]()
+
+
+def test_functions_of_a_check_give_away_only_what_they_return(opened) -> None:
+    """An answer may call what it was handed, and read public attributes; not globals, code, closures or modules."""
+    names = ["__globals__", "__code__", "__closure__", "_private", "__class__"]
+    source = f"""
+def use(f, box):
+    seen = []
+    for name in {names}:
+        f.__dict__["_path"] = (name,)
+        try:
+            seen.append(repr(f()))
+        except AttributeError:
+            pass
+        f.__dict__["_path"] = ()
+    return f(2), box.add(3), box.items, seen
+"""
+    class Box:
+        def __init__(self):
+            self.items, self._private = [1], 2
+
+        def add(self, value):
+            self.items.append(value)
+            return len(self.items)
+
+    assert opened(source, "use")["use"](lambda v: v * 10, Box()) == (20, 2, [1, 3], [])
+
+
+def test_an_answer_cannot_change_what_a_check_computes_with(opened) -> None:
+    """The attack works where an exercise allows changes in place, and there alone."""
+    source = "import torch\ndef total(x, n):\n    x.zero_()\n    return torch.zeros(x.shape[1])"
+    toy.check_total(opened(source, "total", in_place=True)["total"])
+    with pytest.raises(AssertionError):
+        toy.check_total(opened(source, "total")["total"])
+    assert opened.boxes[-1].odd == {"changes its arguments in place"}
+    x = torch.ones(2, 2)
+    opened(source, "total")["total"](x, 1)
+    assert torch.equal(x, torch.ones(2, 2)) and x.changed_by_answer
+
+
+def test_exercises_are_hidden_in_the_package(opened) -> None:
+    """`from minimind.attention import repeat_kv` is no answer to repeat_kv; without `hide` it would be."""
+    source = "from minimind.attention import repeat_kv"
+    assert opened(source, "repeat_kv")["repeat_kv"](torch.ones(1, 1, 1, 1), 2).shape == (1, 2, 1, 1)
+    with pytest.raises(ImportError):
+        opened(source, "repeat_kv", hide={"minimind.attention": ["repeat_kv"]})
+    source = "from minimind.attention import causal_mask\nx = causal_mask(2).sum().item()"
+    assert opened(source, "x", hide={"minimind.attention": ["repeat_kv"]}) == {"x": 3}
+
+
+# --- limits
+
+
+ENDINGS = {
+    "import os\nos._exit(0)": "ends the whole process",
+    "while True: pass": "processor time|time: more",
+    "import time\ntime.sleep(1000)": "time: more",
+    "import ctypes\nctypes.string_at(0)": "SIGSEGV",
+    "x = []\nwhile True:\n    try: x.append(bytearray(10**7))\n    except MemoryError: pass": "memory|processor time|time: more",
+    "import os\nfor _ in range(9): os.fork()\nx = bytearray(10**8)\nimport time\ntime.sleep(50)": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ENDINGS, ids=list(range(len(ENDINGS))))
+def test_what_does_not_end_is_ended(opened, source) -> None:
+    begun = time.monotonic()
+    with pytest.raises((AnswerFailed, BlockingIOError), match=ENDINGS[source]):
+        opened(source + "\nf = 1", "f", seconds=2)
+    assert time.monotonic() - begun < 60
+
+
+def test_small_limits() -> None:
+    """What is refused with small limits is allowed with larger ones: the limit is the reason."""
+    server = Server.start()
+    source = "x = bytearray(300 * 2**20)\nopen('large', 'wb').write(x[: 2 * 2**20])\nfiles = [open('/dev/null') for _ in range(80)]\nok = True"
+    for limits, fine in ((Limits(), True), (Limits(memory_bytes=2**28), False), (Limits(file_bytes=2**20), False), (Limits(files=40), False)):
+        box = Sandbox(server, [{"name": "answer", "source": source, "answer": True, "names": ["ok"]}], limits)
+        if fine:
+            assert box.open() == {"ok": True}
+        else:
+            with pytest.raises((MemoryError, OSError, AnswerFailed)):
+                box.open()
+        box.close()
+    server.stop()
+
+
+@needs_namespaces
+def test_protection_is_what_it_says() -> None:
+    found = protection()
+    assert found["course hidden"] and found["network off"] and found["processes seen"] == 1
+    assert found["way"].startswith("namespaces")
+
+
+@needs_namespaces
+def test_namespaces_are_what_hides_the_course(opened) -> None:
+    """The same look sees nothing with them, and, as another user at most, what everybody may read without them."""
+    here = str(ROOT / "course" / "grade.py")
+    source = f"import os\nseen = os.path.exists({here!r})\nnetwork = len(os.listdir('/sys/class/net')) if os.path.isdir('/sys/class/net') else 0"
+    assert opened(source, "seen", "network") == {"seen": False, "network": 0}
+    assert opened(source, "seen", "network", namespaces=False)["network"] > 0
+
+
+# --- what a graded notebook takes from an answer
+
+
+def test_only_asked_for_names_reach_the_checks(tmp_path) -> None:
+    """An answer that defines `check`, `torch` or `canary` defines them for itself: the notebook takes what the stub asks for."""
+    master = Master.read(toy.write_master(tmp_path))
+    assert {name: e.names for name, e in master.exercises.items()} == {name: [name] for name in toy.STUBS}
+    submission = Submission(tmp_path, "Ada", {"repeat": "# NBVAL_SKIP\n  # NBVAL_RAISES_EXCEPTION\ncheck = torch = None"}, {})
+    made = graded.build(master, submission, {}, "", Limits().plain())
+    settings = json.loads(eval(made["notebook"]["cells"][0]["source"].partition("begin(")[2][:-1]))
+    assert settings["exercises"]["repeat"]["names"] == ["repeat"]
+    cell = next(c for c in made["notebook"]["cells"] if c["source"].startswith("%%answer repeat"))
+    assert "NBVAL_" not in cell["source"]
+    roles = [row["role"] for row in made["plan"]]
+    assert roles.count("canary") == 4 and roles.count("check") == roles.count("answer") == len(toy.STUBS)
