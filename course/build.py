@@ -6,6 +6,7 @@ The package is written by nbdev's own `nb_export`, in a scratch folder, and then
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -250,7 +251,9 @@ def add_notebook(
 ) -> dict | None:  # fmt: skip
     """Make one notebook, with the outputs that a run has or that are there already (exercises have none); None where that fails."""
     notebook = make_notebook(chapter, None if path.parent.name == "exercises" else read_notebook(path), setup)
-    if run and path.parent.name != "exercises":
+    if path.parent.name == "exercises":
+        notebook["metadata"]["made"] = fingerprint(notebook)
+    elif run:
         executed = read_notebook(run / path.name)
         if executed is None:
             problems.append(f"{chapter.where(chapter.cells[0])}: {run / path.name} is missing or not a notebook")
@@ -454,14 +457,20 @@ def run_build(args: argparse.Namespace) -> int:
     return 0
 
 
+def fingerprint(notebook: dict) -> str:
+    """Of the text of all cells and of what was run: it tells whether a workbook is as it was made."""
+    cells = ["".join(c["source"]) + str(c.get("execution_count")) for c in notebook["cells"]]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:16]
+
+
 def keep_answers(made: Made) -> list[Path]:
-    """Put aside each workbook that somebody filled in and that a build would replace: one with outputs, or cells that were run."""
+    """Put aside each workbook that somebody filled in and that a build would replace: its cells are not those that a build made."""
     kept = []
     for path, data in made.files.items():
         if path.parent.name != "exercises" or not path.exists() or path.read_bytes() == data:
             continue
         there = read_notebook(path)
-        if there is None or any(c.get("outputs") or c.get("execution_count") for c in there["cells"]):
+        if there is None or there["metadata"].get("made") != fingerprint(there):
             numbers = ["", *(f"-{number}" for number in range(2, 1000))]
             kept.append(next(new for n in numbers if not (new := path.with_name(f"{path.stem}{MINE}{n}.ipynb")).exists()))
             write_atomically(kept[-1], path.read_bytes())

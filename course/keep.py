@@ -146,7 +146,7 @@ def source_of(value: object, name: str) -> str:
         raise KeepError(f"the text of {name} cannot be found; define it with def or class in a cell of its own. Nothing was saved")
     node = found[-1]
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    return "".join(lines[first - 1 : node.end_lineno]).rstrip()
+    return "".join(line for line in lines[first - 1 : node.end_lineno] if not line.lstrip().startswith(("### BEGIN ", "### END "))).rstrip()
 
 
 def used_names(text: str) -> set[str]:

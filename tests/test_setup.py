@@ -270,7 +270,7 @@ def test_the_set_up_cell_fetches_the_course_where_it_is_missing(tmp_path):
     git = ["git", "-C", str(origin), "-c", "user.name=a", "-c", "user.email=a@example.org"]
     for words in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "-m", "a"]):
         subprocess.run([*git, *words], check=True)
-    cell = 'profile = "smoke"\n' + build.SETUP.format(name="04_attention", repository="https://example.org/none.git")
+    cell = 'profile = "smoke"\n' + build.CHAPTER_SETUP.format(name="04_attention", repository="https://example.org/none.git")
     environment = os.environ | {"MINIMIND_COURSE": str(origin)}
     run = lambda folder: subprocess.run([sys.executable, "-S", "-c", cell], cwd=folder, capture_output=True, text=True, env=environment)
     for _ in range(2):  # the second time the clone is there

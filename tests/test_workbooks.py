@@ -321,10 +321,14 @@ def test_a_build_puts_the_answers_of_a_reader_aside(small, monkeypatch):
     assert build.keep_answers(made) == []
     build.save(made)
     path = small / "exercises" / "01_alpha.ipynb"
-    mine = path.read_text().replace('"execution_count": null', '"execution_count": 3')
-    path.write_text(mine)
-    kept = build.keep_answers(build.build(small))
-    assert [file.name for file in kept] == ["01_alpha.mine.ipynb"] and kept[0].read_text() == mine
+    edit(small, "# # Workbook 1.", "# # Workbook One.")  # an untouched workbook is replaced
+    assert build.keep_answers(build.build(small)) == []
+    names = ["01_alpha.mine.ipynb", "01_alpha.mine-2.ipynb"]
+    for old, new in (('"execution_count": null', '"execution_count": 3'), ("raise NotImplementedError", "return 2 * x  # ")):
+        mine = made.files[path].decode().replace(old, new)
+        path.write_text(mine)
+        kept = build.keep_answers(build.build(small))
+        assert [file.name for file in kept] == [names.pop(0)] and kept[0].read_text() == mine
     assert build.orphans(small, build.build(small)) == []
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+Likely = torch.Tensor | tuple[torch.Tensor, ...]  # what a mistake would give
 REGISTERED: dict[str, dict[str, "Check"]] = {}  # module of checks -> exercise -> its check
 
 
@@ -196,13 +197,13 @@ def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
     return a.shape == b.shape and torch.allclose(a.detach().double(), b.detach().double(), atol=tolerance, rtol=tolerance, equal_nan=True)
 
 
-def equal(got: torch.Tensor, expected: torch.Tensor, given: object, mistake: str, likely: dict[str, torch.Tensor] | None = None,
+def equal(got: torch.Tensor, expected: torch.Tensor, given: object, mistake: str, likely: dict[str, Likely] | None = None,
           tolerance: float = 1e-4) -> None:  # fmt: skip
-    """`got` equals `expected`; else the mistake whose result (`likely`) looks like `got` is named, and `mistake` where none does."""
+    """`got` equals `expected`; else the mistake whose result (one or more, in `likely`) is `got` is named, and `mistake` where none fits."""
     if close(got, expected, tolerance):
         return
     for words, wrong in (likely or {}).items():
-        if close(got, wrong, tolerance):
+        if any(close(got, each, tolerance) for each in (wrong if isinstance(wrong, tuple) else (wrong,))):
             mistake = words
             break
     else:

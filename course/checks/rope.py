@@ -80,16 +80,14 @@ def check_apply_rope(apply_rope):
     got = apply_rope(x, *table(places, speeds))
     shaped(got, (1, 1, 2, 4), given, torch.float32)
     equal(got[0, 0, 0], x[0, 0, 0], "x = [1, 2, 3, 4] at position 0", "at position 0 nothing is turned", {
-        "sine and cosine are swapped": torch.tensor([-3.0, -4.0, 1.0, 2.0]),
-        "sine and cosine are swapped ": torch.tensor([-2.0, 1.0, -4.0, 3.0]),
+        "sine and cosine are swapped": (torch.tensor([-3.0, -4.0, 1.0, 2.0]), torch.tensor([-2.0, 1.0, -4.0, 3.0])),
     })  # fmt: skip
     right = {pairs: turned(x, places, speeds, pairs)[0, 0, 1] for pairs in ("halves", "neighbours")}
     layout = next((pairs for pairs, wanted in right.items() if close(got[0, 0, 1], wanted)), None)
     if layout is None:
-        wrong_way = "the pairs turn the wrong way: compare the sign of sin in (a cos - b sin, a sin + b cos)"
         equal(got[0, 0, 1], right["halves"], given, "this is no turn of pairs: (a, b) becomes (a cos - b sin, a sin + b cos)", {
-            wrong_way: turned(x, places, speeds, "halves", -1)[0, 0, 1],
-            f"{wrong_way} ": turned(x, places, speeds, "neighbours", -1)[0, 0, 1],
+            "the pairs turn the wrong way: compare the sign of sin in (a cos - b sin, a sin + b cos)":
+                tuple(turned(x, places, speeds, pairs, -1)[0, 0, 1] for pairs in right),
             "the halves are swapped, but none is negated": torch.tensor([3.0, 2.0, 1.0, 4.0]),
             "nothing is turned": x[0, 0, 0],
             "the pairs are neighbours, but their angles are taken from cos[..., 0::2]: the angles stand twice in a row, "
@@ -272,19 +270,16 @@ def check_scores_of_new(scores_of_new):
     shaped(got, (1, 2, 2, 6), given)
     here, all_places = torch.arange(4, 6), torch.arange(6)
 
-    def scores(places, sign=1, pairs="halves"):
-        return turned(q, places, speeds, pairs) @ turned(k, all_places, speeds, pairs, sign).mT
+    def scores(places, sign=1):
+        return tuple(turned(q, places, speeds, pairs) @ turned(k, all_places, speeds, pairs, sign).mT for pairs in ("halves", "neighbours"))
 
-    if close(got, scores(here, pairs="neighbours")):
+    if close(got, scores(here)[1]):
         return "in the interleaved layout"
     restart = torch.arange(2)
-    equal(got, scores(here), given, "these are not the scores of turned queries and keys", {
+    equal(got, scores(here)[0], given, "these are not the scores of turned queries and keys", {
         "both bugs are still there": scores(restart, -1),
-        "both bugs are still there ": scores(restart, -1, "neighbours"),
         "one bug is left: the positions of the queries begin at 0 again; they are the last ones": scores(restart),
-        "one bug is left: the positions of the queries begin at 0 again; they are the last ones ": scores(restart, pairs="neighbours"),
         "one bug is left: move everything by 10 positions, and the scores change. Do both turn the same way?": scores(here, -1),
-        "one bug is left: move everything by 10 positions, and the scores change. Do both turn the same way? ": scores(here, -1, "neighbours"),
     })  # fmt: skip
 
 
