@@ -89,7 +89,7 @@ def test_what_the_code_imports_is_a_dependency(root):
     # These come with a listed package: jupyter with jupyterlab, PIL and cycler with matplotlib, and so on.
     known |= {"jupyter_client", "IPython", "PIL", "cycler", "jinja2", "packaging", "requests", "tqdm", "traitlets", "zmq"}
     known |= {"minimind", "course", "conftest", "tests", *(path.stem for path in root.glob("tests/*.py"))} | set(sys.stdlib_module_names)
-    optional = {"playwright", "triton"}  # used where present
+    optional = {"playwright", "scipy", "triton"}  # used where present
     unknown = {}
     for path in [*root.glob("course/**/*.py"), *root.glob("tests/*.py"), *root.glob("minimind/*.py"), *root.glob("chapters/src/*.py")]:
         text = re.sub(r"^(\s*)[%!]", r"\1pass # ", path.read_text(), flags=re.MULTILINE)

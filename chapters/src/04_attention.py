@@ -725,14 +725,19 @@ def times_faster(T, dtype, heads=8, groups=2):
     return fused / ours
 
 # %% [markdown]
-# Only a processor that multiplies 16-bit numbers in hardware shows it; others get a sentence.
+# Only a processor that multiplies 16-bit numbers in hardware shows it; others get a sentence. Freed memory is kept for the next round, as in training
+# (chapter 8), or the table of shares would be fetched from the system each time.
 
 # %% id="attention-short-rows-measure"
-short, number_types = [64, 128, 256, 512, 1024], {"bfloat16": torch.bfloat16,
-                                                  "float32": torch.float32}
+from minimind.train import keep_memory
+
+short = [64, 128, 256, 512, 1024]
+number_types = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 measurable = chapter.amp is torch.bfloat16 and chapter.device.type == "cpu"
+keep_memory()
 faster_by = {name: [times_faster(T, kind) for T in short]
              for name, kind in number_types.items() if measurable}
+keep_memory(False)
 for name, ratios in faster_by.items():
     print(f"{name:9}", "  ".join(f"T = {T}: {x:.2f}" for T, x in zip(short, ratios)))
 if measurable:
@@ -745,8 +750,10 @@ fig, ax = plt.subplots(figsize=(7, 2.4))
 for (name, ratio), style in zip(faster_by.items(), ("o-", "s--")):
     ax.plot(short, ratio, style, label=name)
 ax.axhline(1, color="black", lw=1)
-ax.set(xscale="log", xlabel="positions T", ylabel="kernel's time / matrices'")
+ax.set(xscale="log", yscale="log", xlabel="positions T",
+       ylabel="kernel's time / matrices'")
 ax.set_xticks(short, short)
+ax.set_yticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
 ax.minorticks_off()
 if faster_by:
     ax.legend()
