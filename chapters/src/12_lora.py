@@ -734,7 +734,7 @@ def draw_scores(ax, part, label):
         bar.set_hatch("//" if "full" in name else "")
     ax.bar_label(bars, fmt=" %.2f", fontsize=8)
     ax.set(yticks=y, yticklabels=list(scores), title=label,
-           xlim=(0, 1.25 * max(values)))
+           xlim=(0, 1.25 * max(values) or 1))
     ax.invert_yaxis()
 
 fig, axes = plt.subplots(1, 3, figsize=(7, 2.4), sharey=True)
