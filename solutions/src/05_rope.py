@@ -295,7 +295,7 @@ def scores_of_new(q: torch.Tensor, k: torch.Tensor,
     """Scores of the last T of S positions: q (B, H, T, D), k (B, H, S, D), not turned
     yet; returns (B, H, T, S), not divided.
     """
-    T, S = q.shape[2], k.shape[2]
+    T, S = q.size(2), k.size(2)
     ### BEGIN SOLUTION
     cos, sin = rope_cos_sin(torch.arange(S - T, S), inv_freq)
     ### END SOLUTION
