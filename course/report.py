@@ -251,11 +251,9 @@ def stages(metrics: dict) -> dict | None:
         return None
     share = lambda value: "" if value is None else f"{value:.0%}"
     number = lambda value, form: "" if value is None else format(value, form)
-    rows = [
-        {"title": title, "cells": [short(v["parameters"]), number(v["milliseconds"], ".0f"), share(v["facts"]), share(v["questions"]),
-                                   number(v["bits_per_byte"], ".3f")]}
-        for title, v in found.items()
-    ]  # fmt: skip
+    tenth = lambda value: "" if value is None else short(round(value, 1))
+    cells = lambda v: [short(v["parameters"]), tenth(v["milliseconds"]), share(v["facts"]), share(v["questions"]), number(v["bits_per_byte"], ".3f")]
+    rows = [{"title": title, "cells": cells(v)} for title, v in found.items()]
     drawn = {title: v for title, v in found.items() if v["quality"] is not None and v["milliseconds"] is not None}
     told = "Questions answered against size (left) and against time for one answer (right): up and to the left is better."
     pictures = [
