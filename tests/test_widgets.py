@@ -36,7 +36,8 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason="no browser test: missing 
 WIDGETS = {
     "04_attention": [
         "attention-imports", "attention-picture", "attention-words", "attention-read-one", "attention-causal-mask", "attention-repeat-kv",
-        "attention-weights", "attention-projections", "attention-class", "attention-copier", "attention-copied", "attention-train",
+        "attention-weights", "attention-grouped", "attention-projections", "attention-matrices-faster", "attention-class", "attention-copier",
+        "attention-copied", "attention-train",
         "attention-train-both", "attention-maps", "attention-head-scores", "attention-map-draw", "attention-map-figure", "attention-map-widget",
     ],
     "05_rope": ["rope-imports", "rope-picture", "rope-decay", "rope-decay-figure", "rope-widget"],
