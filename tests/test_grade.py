@@ -3,7 +3,6 @@
 import csv
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -11,14 +10,14 @@ from pathlib import Path
 
 import pytest
 from helpers_course import ROOT, environment
+from helpers_workbooks import UNFINISHED
 
 from course import grade, graded, nbval_points
 from course.confine import Limits
 from course.submission import Master, SubmissionError, read_cells, read_submission, student_name
 from tests import toy_workbook as toy
 
-UNFINISHED = "the grader is not finished: an answer's processes together may take more memory than one may; set MINIMIND_GRADER=1"
-pytestmark = pytest.mark.skipif(not os.environ.get("MINIMIND_GRADER"), reason=UNFINISHED)
+pytestmark = UNFINISHED
 
 HERE = Path(__file__).parent
 ATTACKS = sorted((HERE / "attacks").glob("*.py"))

@@ -7,7 +7,7 @@
 #
 # You need chapters 4 (masks), 8 (the loop), 9 (a pretrained model) and 10 (generation). The chat template is from chapter 2.
 #
-# Reading 35 minutes; running: smoke 20 s, cpu 90 s.
+# Reading 35 minutes; running: smoke 15 s, cpu 50 s.
 
 # %% id="parameters" tags=["parameters"]
 profile = "cpu"
@@ -660,8 +660,8 @@ for name, (model, _) in short.items():
 
 # %% [markdown]
 # Each line shows the first reply of a model. With the mask one early, the answer itself is right, and that makes this bug so hard to see: `<|im_end|>` was never learned, so the model goes on as it did in
-# pretraining. Its loss is even the lowest: instead of the end of a turn it learns the last header token, which never changes. Not shifted, the model is asked to say the token again that
-# it has just read, the opposite of what pretraining taught. Its loss starts highest, and then falls like the others. Two checks find both: print the tokens with their labels as above, and ask the model after one minute of training, not at the end.
+# pretraining. Its loss even begins lowest: instead of the end of a turn it learns the last header token, which never changes. Not shifted, the model is asked to say the token again that
+# it has just read, the opposite of what pretraining taught. Its loss starts highest and ends lowest, since repeating is easy: the best curve belongs to the model that answers nothing. Two checks find both: print the tokens with their labels as above, and ask the model after one minute of training, not at the end.
 
 # %% id="sft-variants-check"
 for name, share in stops.items():
@@ -970,7 +970,7 @@ if questions:
 
 # %% [markdown]
 # How much it costs differs from one pretrained model to the next. Two models that differ in nothing but rounding (the two ways to compute attention of 4.8) answered
-# 50% and 100% of the unseen questions without passing chats, and 99% and 100% with them. A number from one run, however good, can be luck; chapter 15 is about that.
+# 50% and 100% of the unseen questions without passing chats; with them, 94% to 100% over three seeds of SFT on the first and 100% on the second (one seed). A number from one run, however good, can be luck; chapter 15 is about that.
 #
 # **Exercise 11.5 (20 min, ★★).** Ask with words the data never uses ("Tell me where Garus lives!"). How far does the form carry?
 #
@@ -1045,7 +1045,7 @@ for text in (five[0], five[-1]):
 # - SFT is the loop of chapter 8 on conversations; only what the assistant writes is learned, and `<|im_end|>` with it.
 # - A mask one place off trains without complaint. Print tokens with labels, and ask early.
 # - Packing with a block mask and restarting positions fills rows, and each conversation gets exactly the logits it has alone.
-# - The form is learned in seconds; facts come from pretraining. Whether they come out depends on copying the name.
+# - The form is learned in seconds; facts come from pretraining. Whether they come out depends on copying the name, and a name that no chat says is pushed down.
 # - Chats alone make a model forget; replay costs a few steps and keeps it.
 #
 # **Words**: supervised fine-tuning, chat template, loss mask, label, packing, block-diagonal mask, replay, forgetting, base model, chat model.
