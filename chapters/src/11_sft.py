@@ -749,18 +749,18 @@ if passing:
     print(passing[0])
 
 # %% [markdown]
-# Chat and text, three to one:
+# Chat and text together; `pretrain_share` says how many steps read text:
 
 # %% id="sft-both"
-stream = token_stream("train.jsonl.gz", size.replay_documents)
-texts = PackedTokens(stream, context, size.batch_size, device=device)
+read_before = token_stream("train.jsonl.gz", size.replay_documents)
+texts = PackedTokens(read_before, context, size.batch_size, device=device)
 
-def three_to_one(examples):
+def with_replay(examples):
     """Batches of the run: packed chats with old text strewn in."""
     chats = PackedConversations(examples, context, size.batch_size, device=device)
     return Replay(chats, texts, size.pretrain_share)
 
-batches = three_to_one(examples + [chat_example(tokenizer, m) for m in passing])
+batches = with_replay(examples + [chat_example(tokenizer, m) for m in passing])
 
 # %% [markdown]
 # While it trains we want three numbers now and then: answers right about people whose questions are in the data (*seen*), about the others
@@ -835,11 +835,11 @@ def answers_right(
 # The numbers during the run come from a sample of the questions; the final ones from all. Bits per byte are measured as in chapter 9, on documents that no training has read.
 
 # %% id="sft-evaluate"
-stream = torch.tensor(token_stream("valid.jsonl.gz", size.valid_documents)).to(device)
+held_out = torch.tensor(token_stream("valid.jsonl.gz", size.valid_documents)).to(device)
 byte_lengths = token_byte_lengths(tokenizer).to(device)
 
 def bits_per_byte_of(model):
-    return evaluate_bits_per_byte(model, stream, byte_lengths, context, amp=chapter.amp)
+    return evaluate_bits_per_byte(model, held_out, byte_lengths, context, amp=chapter.amp)
 
 # %% [markdown]
 # One function for all three. `train` calls it eight times and keeps what it returns.
@@ -889,8 +889,8 @@ for kind, marker in zip(sample, "os"):
 right.set(xlabel="step", ylabel="share of answers right", ylim=(0, 1.02))
 if sample:
     right.legend()
-show(fig, "Loss and answers during SFT: the form is learned within a few steps, and "
-          "with it come answers about people never asked about.")
+show(fig, "Loss and answers during SFT: right answers about seen people come first, "
+          "those about people never asked about follow a few dozen steps later.")
 chapter.curve("sft", history.step, history.loss, "step", "nats per learned token")
 
 # %% [markdown]
@@ -947,7 +947,7 @@ from dataclasses import replace
 muted = base_model()
 if questions:
     brief = replace(config, eval_every=0)
-    train(muted, three_to_one(examples), sft_loss, brief, max_steps=chapter.max_steps)
+    train(muted, with_replay(examples), sft_loss, brief, max_steps=chapter.max_steps)
     muted_rows, without = score(muted.eval())
     for name in after:
         print(f"{name:18} with {after[name]:6.1%}   without {without[name]:6.1%}")
@@ -962,8 +962,10 @@ if questions:
         places = [i + shift for i in range(len(scores))]
         ax.barh(places, list(scores.values()), 0.36, label=f"{label} passing chats",
                 hatch="//" if label == "without" else "", edgecolor="white")
-    ax.set(xlim=(0, 1.02), xlabel="share", yticks=range(len(after)))
+    ax.set(xlim=(0, 1.12), xlabel="share of the questions", yticks=range(len(after)))
     ax.set_yticklabels([name.replace("_", " ") for name in after])
+    for bars in ax.containers:
+        ax.bar_label(bars, fmt=" {:.0%}", fontsize=8)
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     show(fig, "Answers with and without chats that mention every name: what suffers "
               "without them are the people whose names are never said.")
