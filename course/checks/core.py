@@ -49,6 +49,7 @@ class Check:
     function: Callable
     after: tuple[str, ...]  # exercises that this one builds on
     keeps: tuple[str, ...]  # names that keep() saves when it passes
+    in_place: bool = False  # the answer's task is to change what it is given, such as a model that it trains
 
     @property
     def needs(self) -> list[str]:
@@ -56,11 +57,11 @@ class Check:
         return list(inspect.signature(self.function).parameters)
 
 
-def exercise(name: str, after: Iterable[str] = (), keeps: Iterable[str] = ()) -> Callable:
-    """Register a function as the check of an exercise."""
+def exercise(name: str, after: Iterable[str] = (), keeps: Iterable[str] = (), in_place: bool = False) -> Callable:
+    """Register a function as the check of an exercise; without `in_place`, what an answer writes into its arguments is dropped by the grader."""
 
     def register(function: Callable) -> Callable:
-        REGISTERED.setdefault(function.__module__, {})[name] = Check(name, function, tuple(after), tuple(keeps))
+        REGISTERED.setdefault(function.__module__, {})[name] = Check(name, function, tuple(after), tuple(keeps), in_place)
         return function
 
     return register
