@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .model import check_weights, replace_folder
+from .model import check_weights, read_weights, replace_folder
 
 # %% ../chapters/12_lora.ipynb #lora-linear
 class LoRALinear(nn.Module):
@@ -226,12 +225,8 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
             raise FileNotFoundError(f"{needed} is missing: {folder} is no adapter "
                                     "folder")
     config = read_adapter_config(folder / "adapter_config.json")
-    try:
-        tensors = {name.removeprefix(PREFIX): tensor
-                   for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or "
-                         "save it again") from error
+    tensors = {name.removeprefix(PREFIX): tensor
+               for name, tensor in read_weights(path).items()}
     add_lora(model, config)
     try:
         check_weights(adapter_weights(model), tensors, path)

@@ -484,7 +484,7 @@ class Projections(nn.Module):
 
 # %% id="attention-matrices-faster"
 #| export
-LONGEST = 512  # positions up to which two matrix products beat the fused kernel (4.8)
+MATRICES_UP_TO = 512  # positions up to which two matrix products beat the fused kernel (4.8)
 
 
 def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
@@ -492,7 +492,7 @@ def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
     rows.
     """
     low = torch.is_autocast_enabled("cpu") or q.dtype == torch.bfloat16
-    short = 1 < q.shape[2] == k.shape[2] <= LONGEST
+    short = 1 < q.shape[2] == k.shape[2] <= MATRICES_UP_TO
     return low and short and q.device.type == "cpu" and torch.is_grad_enabled()
 
 # %% [markdown]
@@ -762,7 +762,7 @@ show(fig, "Above the line two matrix products are faster than the fused kernel: 
           "or at 1,024 positions.")
 
 # %% [markdown]
-# The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `LONGEST`
+# The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `MATRICES_UP_TO`
 # positions, and pays with memory: it keeps one table of shares per head (chapter 7 counts it).
 #
 # **Exercise 4.5 (20 min, ★★★).** Write `attention_blocks(q, k, v, block)` that loops over blocks of keys and keeps a running maximum and
