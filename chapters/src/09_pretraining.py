@@ -126,6 +126,8 @@ class PaddedDocuments:
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
 # %% [markdown]
+# **Exercise 9.1 (15 min, ★★): `PaddedDocuments`** in [workbook 9](../exercises/09_pretraining.ipynb). Rebuild it without looking: the end of a document is learned, padding is not.
+#
 # ## 9.2 Packing
 #
 # **Packing** cuts the endless row of tokens into windows of T + 1 instead. By hand, for ten tokens and T = 3:
@@ -197,6 +199,9 @@ for epoch in range(2):
     print("epoch", epoch, [toy.start(epoch * toy.windows + row) for row in range(4)])
 
 # %% [markdown]
+# **Exercise 9.2 (30 min, ★★★): `PackedTokens`** in [workbook 9](../exercises/09_pretraining.ipynb). Windows in an order and with a shift of each epoch's own,
+# and any step without the steps before it.
+#
 # Both ways side by side, on real text:
 
 # %% id="pretrain-batch-figure"
@@ -227,7 +232,11 @@ assert share["packed"] == 1.0
 # A packed row holds several documents, and a token may look back into the one before. The model learns from `<|endoftext|>` that what stands before does not matter.
 # GPT-2 and GPT-3 were trained so. Chapter 11 packs conversations with a mask between them, because there it does matter.
 #
-# **Exercise 9.1 (10 min, ★).** With T = 512 instead of 256, what happens to the share of text of a padded batch, and of a packed one? Predict, then measure.
+# **Exercise 9.5 (10 min, ★★): `document_mask`** in [workbook 9](../exercises/09_pretraining.ipynb). A mask that keeps packed documents apart, and does not quite. Find both bugs.
+#
+# **Exercise 9.6 (20 min, ★★): `best_fit`** in [workbook 9](../exercises/09_pretraining.ipynb). Pack documents without cutting any of them (Ding et al. 2024).
+#
+# **Exercise 9.7 (15 min, ★★): `share_cut`** in [workbook 9](../exercises/09_pretraining.ipynb). How many documents does a plain window cut in two? Predict, then measure.
 #
 # The loss is one line for a dense model. A model with experts adds the balance loss of chapter 6, so that no expert dies; the cross-entropy is logged by itself, because only it can be compared.
 
@@ -242,6 +251,8 @@ def pretrain_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
     return loss, means
 
 # %% [markdown]
+# **Exercise 9.3 (10 min, ★): `pretrain_loss`** in [workbook 9](../exercises/09_pretraining.ipynb). What is minimised, and what is logged to be compared.
+#
 # ## 9.3 From the naive loop to the fast one
 #
 # Now we time it, adding one thing after another. What counts is tokens of real text per second: padding is work, but not progress.
@@ -358,7 +369,7 @@ show(fig, "From the naive loop (top) to the fast one, each bar adds one thing: "
 # %% [markdown]
 # Memory-mapped tokens change little in speed at this size: our tokenizer is fast. They change what is possible: memory stays flat however large the text, and any step can be read without the ones before it, which is what exact resume needs.
 #
-# **Exercise 9.2 (20 min, ★★).** Time batches of 4, 16 and 64 rows at equal tokens per second of text. Which is fastest on your machine, and why is the largest not?
+# **Try it.** Time batches of 4, 16 and 64 rows, in tokens of text per second. Which is fastest on your machine, and why is the largest not?
 #
 # ## 9.4 Where the time goes
 #
@@ -476,6 +487,8 @@ def facts_known(
     return sum(row["known"] for row in rows) / max(1, len(rows)), rows
 
 # %% [markdown]
+# **Exercise 9.4 (25 min, ★★★): `facts_known`** in [workbook 9](../exercises/09_pretraining.ipynb). One pass for many facts; the check compares with greedy writing.
+#
 # `greedy` is that generation, in its simplest form; chapter 10 builds the real one. After the run we check that both agree.
 
 # %% id="pretrain-greedy"
@@ -556,6 +569,9 @@ settings = TrainConfig(
 # %% [markdown]
 # The number of tokens is the number that matters: about how often is each document read? Steps times rows times tokens of a row.
 # With the speed from the ladder this also says how long it will take, before it starts.
+#
+# **Exercise 9.8 (10 min, ★): `compute_optimal`** in [workbook 9](../exercises/09_pretraining.ipynb). For a given amount of arithmetic, how many weights are best, and how many tokens?
+# (Hoffmann et al. 2022)
 
 # %% id="pretrain-how-long"
 reads = steps * size.accumulation * size.batch_size * size.context
@@ -703,9 +719,7 @@ for question in asked:
     print(f"{question} -> {answer!r}")
 
 # %% [markdown]
-# **Exercise 9.3 (15 min, ★★).** Plot facts known against how often a fact occurs in the text. How often must the model read a fact before it knows it?
-#
-# **Exercise 9.4 (30 min, ★★★).** Halve the learning rate, then double it. Does bits per byte or facts known suffer first?
+# **Try it.** Plot facts known against how often a fact occurs in the text. How often must the model read a fact before it knows it?
 #
 # ## 9.9 Dense against experts
 #
@@ -765,8 +779,6 @@ show(fig, f"Dense against four experts: {-gain:+.3f} bits per byte for the exper
           f"equal steps (left); their steps take {slower:.1f} times as long (right).")
 
 # %% [markdown]
-# **Exercise 9.5 (20 min, ★★).** Give the dense model the same wall-clock time instead of the same steps. Who wins now?
-#
 # ## 9.10 Where it breaks
 #
 # Two mistakes that lower the loss and ruin the model. **Padding in the loss:** forget the -100, and the model is paid for predicting padding, which is easy. **Labels not shifted:** the label is the input itself.
@@ -815,7 +827,7 @@ if few >= 8 and share["padded"] < 0.6:  # enough padding to matter
     assert honest["right"] == min(honest.values())
 
 # %% [markdown]
-# **Exercise 9.6 (15 min, ★★).** A loss that falls below 0.1 nats within a hundred steps is always a bug. Name three that would cause it, and the one-line check for each.
+# **Try it.** A loss that falls below 0.1 nats within a hundred steps is always a bug. Name three that would cause it, and the one-line check for each.
 #
 # ## Recap
 #
@@ -827,7 +839,10 @@ if few >= 8 and share["padded"] < 0.6:  # enough padding to matter
 #
 # **Words:** pretraining, packing, padding, window, epoch, memory map, throughput, profiler, milestone, held-out text, active parameters.
 #
+# **Exercises:** 9.1 to 9.8, in place above, with checks in [workbook 9](../exercises/09_pretraining.ipynb).
+#
 # **Sources:** Brown et al. 2020, GPT-3 (packing documents into rows), arXiv:2005.14165. Allen-Zhu and Li 2023, Physics of language models 3.1 (how often a fact must be read), arXiv:2309.14316.
 # Fedus, Zoph and Shazeer 2021, Switch Transformers (equal active size), arXiv:2101.03961. Krell et al. 2021, packing without padding, arXiv:2107.02027.
+# Ding et al. 2024, packing without cutting, arXiv:2404.10830. Hoffmann et al. 2022, compute-optimal sizes, arXiv:2203.15556.
 #
 # **Next:** the model only ever took the most likely token. Chapter 10 lets it choose, and makes it fast.

@@ -155,7 +155,7 @@ show(fig, "A low temperature gives more to the first few tokens and takes it fro
           "long tail; a high one does the reverse.")
 
 # %% [markdown]
-# **Exercise 10.1 (10 min, ★).** Find the temperature at which this distribution has half its entropy. Use bisection.
+# **Try it.** Find the temperature at which this distribution has half its entropy. Use bisection.
 #
 # ## 10.3 Cutting the tail
 #
@@ -219,6 +219,11 @@ assert kept(keep_top_p(four, 0.8)) == [True, True, True, False]
 assert kept(keep_min_p(four, 0.25)) == [True, True, True, False]  # at least 0.25 * 0.5
 
 # %% [markdown]
+# **Exercise 10.1 (10 min, ★): `cutting`** in [workbook 10](../exercises/10_generation.ipynb). Top-k and min-p from their formulas, ties included;
+# the check compares with plain loops over one row.
+#
+# **Exercise 10.2 (15 min, ★★): `keep_top_p`** in [workbook 10](../exercises/10_generation.ipynb). The fewest tokens that reach p, put back into the order of the vocabulary.
+#
 # The **repetition penalty** (Keskar et al. 2019) works against circles. It makes every token that already stands in the text less
 # likely. Positive logits are divided by the penalty; negative ones are multiplied, since dividing would make them *more* likely.
 
@@ -244,6 +249,8 @@ after = penalise_repetition(torch.tensor([[3.0, -3.0, 1.0]]),
 assert after.tolist() == [[2.0, -4.5, 1.0]]
 
 # %% [markdown]
+# **Exercise 10.3 (10 min, ★): `penalise_repetition`** in [workbook 10](../exercises/10_generation.ipynb). Each token once, each row by its own text, and always downwards.
+#
 # One function applies what is asked for. The order is that of Hugging Face's `generate`, so the same settings mean the
 # same thing: penalty, temperature, top-k, top-p, min-p.
 
@@ -291,6 +298,8 @@ print(f"largest difference between probability and share of {len(draws):,} draws
 assert worst < 5 * 0.5 / len(draws) ** 0.5  # five standard errors of a share
 
 # %% [markdown]
+# **Exercise 10.4 (15 min, ★★): `sample_next`** in [workbook 10](../exercises/10_generation.ipynb). All of it in the right order; the check draws thousands of tokens and counts.
+#
 # Now all six ways on the same real distribution. Grey bars are what the model said, dark bars what is left to draw from.
 
 # %% id="generate-draw-choice"
@@ -384,9 +393,8 @@ for name in ("top-p 0.9", "min-p 0.1"):
     assert counts[name].min() < counts[name].max()
 
 # %% [markdown]
-# **Exercise 10.2 (15 min, ★★).** Swap temperature and top-p: cut first, then heat. Which pairs of settings give other candidates?
-#
-# **Exercise 10.3 (15 min, ★★).** Write `keep_typical` (Meister et al. 2022): keep tokens whose surprise is close to the entropy.
+# **Exercise 10.9 (20 min, ★★★): `keep_typical`** in [workbook 10](../exercises/10_generation.ipynb). A cut that may drop the best token: what stays is about as surprising
+# as the place lets you expect (Meister et al. 2022).
 #
 # ## 10.4 The cache
 #
@@ -503,7 +511,9 @@ print(f"{per_token:,} bytes a token; {weights // per_token:,} tokens of cache we
       "much as the model")
 
 # %% [markdown]
-# **Exercise 10.4 (10 min, ★).** How much would the cache take if every query head had its own keys and values (K = H)? See chapter 4.
+# **Exercise 10.5 (20 min, ★★): `KVCache`** in [workbook 10](../exercises/10_generation.ipynb). Rebuild it without looking: memory set aside once, one count for each layer.
+#
+# **Exercise 10.7 (5 min, ★): `cache_gib`** in [workbook 10](../exercises/10_generation.ipynb). Predict how many GiB the cache of Llama 3 8B takes for four long chats.
 #
 # Before the loop, one check at the edge. Positions beyond the model's limit have no meaning, so asking for them is an error that says
 # how many fit.
@@ -685,7 +695,10 @@ rate = chapter.record("generate/tokens_per_second", float(len(fast) / fast.sum()
 speedup = check("generate/cache_speedup", float(slow.sum() / fast.sum()))
 
 # %% [markdown]
-# **Exercise 10.5 (20 min, ★★).** Write a cache that grows by `torch.cat`. At which length does it lose against this one?
+# **Exercise 10.10 (25 min, ★★★): `speculative`** in [workbook 10](../exercises/10_generation.ipynb). Another way to save time: speculative decoding (Leviathan et al. 2023).
+# Predict the share of drafts that is accepted, then measure it.
+#
+# **Try it.** Write a cache that grows by `torch.cat`. At which length does it lose against this one?
 #
 # ## 10.5 Many prompts at once
 #
@@ -803,7 +816,8 @@ gain = chapter.record("generate/batch_speedup", (middle - clock) / (end - middle
 assert together == one_by_one
 
 # %% [markdown]
-# **Exercise 10.6 (15 min, ★★).** Keep the mask and drop the positions. Which prompts change, and why not all?
+# **Exercise 10.6 (30 min, ★★★): `next_tokens`** in [workbook 10](../exercises/10_generation.ipynb). The whole loop, with cache, stops, seeds and padded rows. The check compares with
+# a plain loop that reads everything again.
 #
 # ## 10.6 Text while it grows, and where it ends
 #
@@ -866,6 +880,8 @@ print(f"first piece after {1000 * times[0]:.0f} ms, all {len(times)} after "
 assert "<|endoftext|>" not in written
 
 # %% [markdown]
+# **Exercise 10.8 (10 min, ★★): `text_pieces`** in [workbook 10](../exercises/10_generation.ipynb). A stream that breaks Greek letters and shows its stop token. Find both bugs.
+#
 # Two times matter to a reader: how long until the first piece, and how many pieces a second after that. The first grows with the prompt, the second is
 # the flat line of 10.4.
 #
@@ -922,8 +938,6 @@ show(fig, f"Loss by position over {len(rows)} rows of new text, mean of 64 neigh
 # A rise marks the length that training really covered. Beyond it, the rotations of chapter 5 reach angles between far positions that no training step has
 # ever seen. Chapter 5 also shows how to stretch them. So there are two ends: where the model gets worse, and where it must stop. A chat that grows past the limit must forget
 # something: the command below drops the oldest questions with their answers, and says so.
-#
-# **Exercise 10.7 (20 min, ★★★).** Let the cache slide: drop the oldest quarter when it is full. Are the kept keys still right?
 #
 # ## 10.7 A chat on the command line
 #
@@ -1170,8 +1184,10 @@ assert command(str(folder), "--prompt", "Where do you live?", "--max-new-tokens"
 # **Words**: greedy decoding, temperature, entropy, top-k, top-p (nucleus), min-p, repetition penalty, KV cache, prefill, left padding,
 # streaming, stop token, context length.
 #
-# **Exercise 10.8 (30 min, ★★★).** Beam search: keep the four best texts at each step. Is its text more probable than greedy's? Is it better?
+# **Try it.** Beam search: keep the four best texts at each step. Is its text more probable than greedy's? Is it better?
+#
+# **Exercises:** 10.1 to 10.10, in place above, with checks in [workbook 10](../exercises/10_generation.ipynb).
 #
 # **Sources**: Holtzman et al. 2019, *The Curious Case of Neural Text Degeneration*, arXiv:1904.09751 (top-p, and why greedy repeats). Fan et al.
 # 2018, arXiv:1805.04833 (top-k). Nguyen et al. 2024, arXiv:2407.01082 (min-p). Keskar et al. 2019, arXiv:1909.05858 (penalty). Meister et al.
-# 2022, arXiv:2202.00666 (typical sampling). Pope et al. 2022, arXiv:2211.05102 (the cost of generation, with caches). Next: chapter 11.
+# 2022, arXiv:2202.00666 (typical sampling). Leviathan et al. 2023, arXiv:2211.17192 (speculative decoding). Pope et al. 2022, arXiv:2211.05102 (the cost of generation, with caches). Next: chapter 11.
