@@ -110,8 +110,7 @@ def score_batch(
 def score_pairs(
     model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ln p(continuation | context) in nats for pairs of ids, and whether greedy choice
-    would write it; (N,) each.
+    """ln p(continuation | context) in nats, and is it the greedy choice? (N,) each.
 
     Rows that are too long for the model lose their beginning, as in lm-eval.
     """
@@ -195,8 +194,9 @@ def share(rows: Sequence[dict], name: str = "right") -> float:
 def bootstrap(
     values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """Mean of values (N,), or sum(values) / sum(weights), and the ends of its 95%
-    interval (Efron 1979).
+    """Mean of values (N,) and the ends of its 95% interval (Efron 1979).
+
+    With weights: sum(values) / sum(weights).
     """
     values = np.asarray(values, dtype=float)
     if not len(values):

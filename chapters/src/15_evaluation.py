@@ -327,8 +327,7 @@ def score_batch(
 def score_pairs(
     model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ln p(continuation | context) in nats for pairs of ids, and whether greedy choice
-    would write it; (N,) each.
+    """ln p(continuation | context) in nats, and is it the greedy choice? (N,) each.
 
     Rows that are too long for the model lose their beginning, as in lm-eval.
     """
@@ -558,8 +557,9 @@ for _ in range(4):
 def bootstrap(
     values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """Mean of values (N,), or sum(values) / sum(weights), and the ends of its 95%
-    interval (Efron 1979).
+    """Mean of values (N,) and the ends of its 95% interval (Efron 1979).
+
+    With weights: sum(values) / sum(weights).
     """
     values = np.asarray(values, dtype=float)
     if not len(values):
@@ -1285,9 +1285,7 @@ import time
 from minimind.sft import ask_all, answers_right
 
 def answered(model):
-    """Questions with right or wrong, of three kinds; the world's lists are empty for
-    other data.
-    """
+    """Three kinds of questions, answered; other data have no facts or questions."""
     picked = asked[:: chapter.size.every_question]
     yield "choice", choose(model, tokenizer, questions), "right"
     yield "facts", facts_known(model, tokenizer, facts)[1], "known"
@@ -1295,9 +1293,7 @@ def answered(model):
                                      max_new_tokens=24)[1] if picked else [], "right"
 
 def measure(model, name):
-    """All numbers of one stage; right and wrong by question are kept for `course
-    compare`.
-    """
+    """All numbers of one stage; each answer is kept for `course compare`."""
     result = {"parameters": model.num_parameters(),
               "bits_per_byte": bits_per_byte_of(model)}
     for kind, rows, key in answered(model):
