@@ -1113,7 +1113,7 @@ if not own_pairs:
               "preferred kind becomes a habit.")
 
 # %% [markdown]
-# Imitating the good answers comes close, or even level, here. The judge never errs, the good answers are the reference's own, and one kind of answer is wanted everywhere. What DPO adds is the other half of the
+# Imitating the good answers does as well here, or better: 83% against 73% with this model, 82% against 81% with an earlier one. The judge never errs, the good answers are the reference's own, and one kind of answer is wanted everywhere. What DPO adds is the other half of the
 # comparison: it learns from what was rejected. What is still wrong after it? Some of the *other* samples:
 
 # %% id="dpo-other-answers"
@@ -1295,7 +1295,7 @@ if judged:
 
 # %% [markdown]
 # The facts survive a learning rate and a number of steps that broke the other run. The preferred share stays below that of 13.7: a loss that has enough also stops early. The goal is a dial too. With
-# $\beta = 1$, a goal three times as far, the same run ended at a preferred share of 35%. So one run cannot tell whether DPO or IPO is better; it tells what each dial does.
+# $\beta = 1$, a goal three times as far, the same run ended at a preferred share of 35% (with an earlier model). So one run cannot tell whether DPO or IPO is better; it tells what each dial does.
 #
 # **Exercise 13.8 (25 min, ★★★).** SimPO (Meng et al. 2024) drops the reference: $-\log\sigma(\beta(\bar p_w - \bar p_l) - \gamma)$, with $\bar p$ the mean log-probability of a token. Write it. What protects the model
 # now?

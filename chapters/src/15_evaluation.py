@@ -838,8 +838,8 @@ show(fig, "Differences between the two models with 95% intervals: the paired one
           "the narrower one where most answers agree.")
 
 # %% [markdown]
-# If facts are in the list, the first line answers 15.1: in the models that ship with the course, fine-tuning did cost facts, about three in a hundred, although the two separate intervals overlap. Overlapping intervals are no proof
-# of equality, and the paired test is the one that fits the question.
+# If facts are in the list, the first line answers 15.1. In the models that ship with the course the two disagree on 12 facts of a thousand, nine to three: p is 0.15, and a loss this small drowns in noise. An earlier pair of models, with 500 facts, differed by three in a hundred;
+# there the paired test saw a loss, although the two separate intervals overlapped. Overlapping intervals are no proof of equality, and the paired test is the one that fits the question.
 #
 # ### How many questions does it take?
 #
@@ -1037,7 +1037,7 @@ show(fig, "A model trained on half of the test: high on what it has read, at cha
           "(dotted) on what was kept back.")
 
 # %% [markdown]
-# The middle bars are the honest score. Asked in other words, the leak is worth less, but not nothing: part of what was learned is the sentence, part the fact.
+# The middle bars are the honest score. The right ones show that other words do not save a leaked test: what was learned is the fact, and the sentence is only its clothes.
 #
 # How would you notice, from outside? Not by general quality: bits per byte on held-out text move a little, as any further training moves them. The mark of a leak is a gap between questions that could have leaked and fresh ones of the same kind.
 
