@@ -285,7 +285,7 @@ def explore(tau=2.0):
     ax.set_ylabel("probability")
     outside = 1 - (here / tau).softmax(-1)[order].sum()
     show(fig, f"Soft targets at temperature {tau:.1f}: {outside:.0%} of the "
-              f"probability is on tokens outside of this picture.")
+              "probability is on tokens outside of this picture.")
 
 try:
     from ipywidgets import interact
@@ -307,7 +307,7 @@ ax.stackplot(taus, np.array(parts), labels=names, colors=greys)
 ax.set(xlabel="temperature", ylabel="share of probability", ylim=(0, 1), xlim=(0.5, 8))
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 show(fig, f"The same place over temperature: with {len(here):,} tokens, a high "
-          f"temperature soon gives most of the probability to the long tail.")
+          "temperature soon gives most of the probability to the long tail.")
 
 # %% [markdown]
 # This is where a language model differs from the first example of the paper, handwritten digits, which has ten classes. A vocabulary has thousands of tokens, most of
@@ -376,8 +376,7 @@ assert kl_divergence(p.log(), p.log()) == 0  # equal models are at distance 0
 #| export
 def soft_loss(teacher_logits: Tensor, student_logits: Tensor,
               temperature: float) -> Tensor:
-    """Mean of temperature**2 * KL(teacher || student) over N places; logits (N, V)
-    each.
+    """Mean of temperature**2 * KL(teacher || student); logits are (N, V) each.
 
     The factor keeps the gradient, temperature * (q - p) / N, from fading with heat.
     Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2.
@@ -414,8 +413,8 @@ for (name, values), marker in zip(pulls.items(), "os"):
     ax.plot(taus, values, marker=marker, label=f"{name} the factor")
 ax.set(xlabel="temperature", ylabel="length of the gradient", yscale="log")
 ax.legend()
-show(fig, "The pull of one soft target on the student's logits: without the factor it"
-          " fades fast as the temperature rises.")
+show(fig, "The pull of one soft target on the student's logits: without the factor it "
+          "fades fast as the temperature rises.")
 for name, values in pulls.items():
     print(f"{name} the factor, from 1 to 8 the pull falls {values[0] / values[-1]:.1f} "
           "times")
@@ -462,7 +461,7 @@ ax.imshow(part, cmap="Greys", aspect="auto", interpolation="nearest", vmin=-0.15
 ax.set(xlabel="position (tokens)", ylabel="row")
 ax.grid(False)
 show(fig, f"Part of a chat batch: only the dark places, {learned.float().mean():.0%} "
-          f"of the batch, are learned and need logits of the teacher.")
+          "of the batch, are learned and need logits of the teacher.")
 
 # %% [markdown]
 # So stop before the output layer, keep the rows that count, and multiply only those. For a vocabulary of 6,400 (MiniMind's) or 150,000 (Qwen's) the logits are the largest
@@ -695,8 +694,8 @@ for ax, (name, model) in zip(axes, three.items()):
     ax.set(ylabel=f"{name}\n(bits)")
 axes[2].set_xticks(range(end))
 axes[2].set_xticklabels(shown(ids[0, 1 : end + 1]), rotation=90, fontsize=6)
-show(fig, "Surprise at each token of a held-out text, in bits: lower bars are better,"
-          " and the tall ones stand where a new thing begins.")
+show(fig, "Surprise at each token of a held-out text, in bits: lower bars are better, "
+          "and the tall ones stand where a new thing begins.")
 
 # %% [markdown]
 # Compare the columns. Where one word follows from the other, all three are sure. The teacher is ahead where a fact about a person is due: it knows the person, whom the students have hardly met.
@@ -798,8 +797,7 @@ print(f"{len(asked):,} questions to ask, such as {asked[0]!r}")
 def answers_of(
     teacher: nn.Module, tokenizer, questions: Sequence[str], max_new_tokens: int = 48
 ) -> list[list[dict]]:
-    """Ask the teacher, greedily: conversations of "role" and "content", as chat data
-    are.
+    """Ask the teacher, greedily; conversations of "role" and "content".
 
     Answers that are empty or not closed within max_new_tokens are left out.
     Kim and Rush 2016, arXiv:1606.07947.
@@ -1000,8 +998,8 @@ for column, (ax, (label, unit)) in enumerate(zip(axes, units.items())):
     ax.set_xlabel(label)
 axes[0].set_ylabel("held-out bits per byte")
 show(fig, "Size and speed against quality, lower is better: star teacher, squares "
-          "alone, circles taught. The teacher moves a student down at no cost in size"
-          " or speed.")
+          "alone, circles taught. The teacher moves a student down at no cost in size "
+          "or speed.")
 
 # %% id="distill-size-record"
 columns = ("parameters", "reads_per_second", "writes_per_second", "bits_per_byte")
@@ -1027,9 +1025,7 @@ print(f"the small student gains {small_gain:.3f} bits per byte (one seed)")
 
 # %% id="distill-upcycle"
 def upcycle(dense, experts=4):
-    """The dense model with `experts` copies of each feed-forward layer, two for a
-    token.
-    """
+    """The dense model with copies of each feed-forward layer, two for a token."""
     set_seed(0)
     width = dense.config.intermediate_size
     config = replace(dense.config, num_experts=experts, num_experts_per_tok=2,
