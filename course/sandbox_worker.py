@@ -21,14 +21,18 @@ import linecache
 import os
 import pickle
 import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
+import time
 import traceback
 import types
 from pathlib import Path
 
-from course import confine
+from course import confine, syscalls
+from course.meter import Meter
 from course.wire import Channel, Closed, Decoder, Encoder, WireError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -535,30 +539,45 @@ def keeper(control: socket.socket) -> None:
     job, data = receive_job(control)
     limits = confine.Limits(**job["limits"])
     confine.prctl(confine.SET_CHILD_SUBREAPER, 1) if sys.platform.startswith("linux") else None
+    meter = Meter(os.getpid())
+    loaded = meter.bytes_of(os.getpid())  # torch and what else the server has; its children begin with as much
+    group = confine.Group(limits, loaded)
     way = confine.enter_namespaces() if job.get("namespaces", True) else ""
+    folder = "" if way else tempfile.mkdtemp(prefix="answer-")
+    wait, go = os.pipe()
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.setsid()
-            control.close()
-            os.close(ready)
-            shut_in(way, limits, data, tell)
+            for each in (control.fileno(), ready, go):
+                os.close(each)
+            grouped = os.read(wait, 1) == b"1"
+            os.close(wait)
+            shut_in(way, limits, data, tell, grouped, folder)
             answer(data, job)
         finally:
             os._exit(0)
     data.close()
-    os.close(tell)
+    for each in (tell, wait):
+        os.close(each)
+    os.write(go, b"1" if group.add(child) else b"0")
+    os.close(go)
+    with contextlib.suppress(OSError):  # it must get its turn beside the processes that it watches
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
     protection = os.read(ready, 200).decode() or "not started"
     control.sendall((json.dumps({"protection": protection}) + "\n").encode())
-    reason, peak = watch(child, control, limits)
+    reason, peak = watch(child, control, limits, meter, loaded)
+    group.remove()
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         control.sendall((json.dumps({"ended": reason, "peak": peak}) + "\n").encode())
     except OSError:
         pass
 
 
-def shut_in(way: str, limits: confine.Limits, data: socket.socket, tell: int) -> None:
+def shut_in(way: str, limits: confine.Limits, data: socket.socket, tell: int, grouped: bool, folder: str) -> None:
     if sys.platform.startswith("linux"):
         confine.prctl(confine.SET_PDEATHSIG, signal.SIGKILL)
     null = os.open(os.devnull, os.O_RDWR)
@@ -571,15 +590,13 @@ def shut_in(way: str, limits: confine.Limits, data: socket.socket, tell: int) ->
                 os.close(number)
             except OSError:
                 pass
-    parts = []
+    parts = ["control group"] if grouped else []
+    confine.first_to_go()
     if way:
         confine.new_root(ROOT, limits)
         parts.append("namespaces")
         os.chdir("/tmp")
     else:
-        import tempfile
-
-        folder = tempfile.mkdtemp(prefix="answer-")
         os.chmod(folder, 0o777)
         os.chdir(folder)
     os.environ.clear()
@@ -589,75 +606,49 @@ def shut_in(way: str, limits: confine.Limits, data: socket.socket, tell: int) ->
         parts.append("another user")
     confine.set_limits(limits)
     parts.append("limits")
+    if syscalls.install():
+        parts.append("filter")
     os.write(tell, " + ".join(parts).encode())
     os.close(tell)
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
 
 
-def watch(child: int, control: socket.socket, limits: confine.Limits) -> tuple[str, int]:
-    """Wait for the end; end it when its processes take too much memory, or when the grader hangs up."""
-    peak, status = 0, None
+def watch(child: int, control: socket.socket, limits: confine.Limits, meter: Meter, loaded: int) -> tuple[str, int]:
+    """Wait for the end; end it when its processes together take too much memory, or when the grader hangs up. How it ended, and the most it took."""
+    peak, allowed = 0, limits.memory_bytes + loaded
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, spent = os.wait4(child, os.WNOHANG)
         if done:
             break
-        readable, _, _ = select.select([control], [], [], 0.1)
-        tree = descendants(os.getpid())
-        now = sum(resident(pid) for pid in tree)
+        readable, _, _ = select.select([control], [], [], confine.LOOK)
+        now = meter.used(allowed)
         peak = max(peak, now)
-        if readable:
-            end(child)
-            return "stopped by the grader", peak
-        if now > limits.memory_bytes:
-            end(child)
-            return f"memory: more than {limits.memory_bytes / 2**30:.1f} GB", peak
-    end(child)
+        if readable or now > allowed:
+            end(child, meter)
+            return "stopped by the grader" if readable else f"memory: more than {limits.memory_bytes / 2**30:.1f} GB", peak
+    end(child, meter)
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        if number in (signal.SIGXCPU, signal.SIGKILL):
+        if number == signal.SIGXCPU or (number == signal.SIGKILL and spent.ru_utime + spent.ru_stime > limits.cpu_seconds - 1):
             return f"processor time: more than {limits.cpu_seconds} seconds", peak
+        if number == signal.SIGKILL:  # nobody else may: the kernel found no memory
+            return f"memory: more than {limits.memory_bytes / 2**30:.1f} GB", peak
         return f"killed by signal {signal.Signals(number).name}", peak
     return "ended itself", peak
 
 
-def end(child: int) -> None:
-    """Kill the process and everything below it."""
-    for pid in (child, *descendants(os.getpid())):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except OSError:
-            pass
-    while True:
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
-
-
-def descendants(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        if entry.isdigit():
-            try:
-                parent = int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, ValueError, IndexError):
-                continue
-            children.setdefault(parent, []).append(int(entry))
-    found, todo = [], [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory that a process has for itself."""
-    try:
-        _, rss, shared = Path(f"/proc/{pid}/statm").read_text().split()[:3]
-        return (int(rss) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
+def end(child: int, meter: Meter) -> None:
+    """Kill the process and everything below us, until nothing is left. The first process of a namespace takes the others with it."""
+    for _ in range(1000):
+        for pid in (child, *meter.below()):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            time.sleep(0.002)
+            continue
+        return
 
 
 def main(path: str) -> None:

@@ -2,7 +2,11 @@
 
 import json
 import socket
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import numpy
 import pytest
@@ -29,6 +33,7 @@ CASES = [(name, exercise, kind, number) for name in NAMES for exercise, told in 
 PLAIN = st.none() | st.booleans() | st.integers(max_value=10**6) | st.floats() | st.text(max_size=8)
 KINDS = "tensor array scalar dict list size int float bytes dtype device slice meta set named x".split()
 NAMESPACES = bool(confine.protection().startswith("own root"))
+needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what other processes use")
 needs_namespaces = pytest.mark.skipif(not NAMESPACES, reason="this system allows no namespaces")
 
 
@@ -301,6 +306,130 @@ def test_what_does_not_end_is_ended(opened, source) -> None:
     with pytest.raises((AnswerFailed, BlockingIOError), match=ENDINGS[source]):
         opened(source + "\nf = 1", "f", seconds=2)
     assert time.monotonic() - begun < 60
+
+
+TAKES = """
+import os, time
+for _ in range(3):
+    os.fork()
+kept = []
+for _ in range({steps}):
+    kept.append(bytearray(os.urandom(2**20)) * {megabytes})
+time.sleep({seconds})
+f = 1
+"""
+
+
+def below(top: int) -> dict[int, int]:
+    """Bytes of private memory of every process below one, looked up among all processes of the machine."""
+    parents, found = {}, {}
+    for path in Path("/proc").glob("[0-9]*/status"):
+        try:
+            told = dict(line.split(":", 1) for line in path.read_text().splitlines())
+            parents[int(told["Pid"])] = int(told["PPid"]), 1024 * int(told.get("RssAnon", "0 kB").split()[0])
+        except (OSError, ValueError):
+            continue
+    for pid in parents:
+        above = pid
+        while above in parents and above != top:
+            above = parents[above][0]
+        if above == top:
+            found[pid] = parents[pid][1]
+    return found
+
+
+def most_taken(server, source: str, limits: Limits, namespaces: bool) -> tuple[str, int]:
+    """How the answer ended, and the most that all its processes together had beyond what each began with."""
+    peak, ended, told = 0, threading.Event(), ""
+
+    def look():
+        nonlocal peak
+        loaded = below(server.process.pid)[server.process.pid]
+        while not ended.is_set():
+            peak = max(peak, sum(max(0, taken - loaded) for taken in below(server.process.pid).values()))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    box = Sandbox(server, [{"name": "answer", "source": source, "answer": True, "names": ["f"]}], limits, namespaces=namespaces)
+    try:
+        box.open()
+    except AnswerFailed as error:
+        told = str(error)
+    box.close()
+    ended.set()
+    watcher.join()
+    return told, peak
+
+
+@needs_linux
+@pytest.mark.parametrize("namespaces", [pytest.param(True, marks=needs_namespaces), False])
+def test_the_memory_of_all_processes_is_held_together(server, namespaces) -> None:
+    """Eight processes of which none takes more than one may: each would stop far below its own limit."""
+    limits = Limits(cpu_seconds=10, wall_seconds=20, memory_bytes=3 * 2**28)
+    told, peak = most_taken(server, TAKES.format(steps=6, megabytes=50, seconds=5), limits, namespaces)  # 2.4 GB together
+    assert "memory: more than 0.8 GB" in told
+    assert limits.memory_bytes / 2 < peak < limits.memory_bytes + 2**28
+
+
+@needs_linux
+def test_the_watcher_is_what_holds_it() -> None:
+    """The same with less memory and nobody who watches: the limit of one process does not hold the sum."""
+    server = Server.start("from course import sandbox_worker as worker\nworker.Meter.used = lambda self, allowed: 0")
+    try:
+        limits = Limits(cpu_seconds=10, wall_seconds=20, memory_bytes=2**27)
+        told, peak = most_taken(server, TAKES.format(steps=1, megabytes=70, seconds=2), limits, NAMESPACES)  # 560 MB together
+        assert told == "" and peak > limits.memory_bytes + 2**28
+    finally:
+        server.stop()
+
+
+LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+HIDES = {
+    "memory that belongs to no process": "import os\nfile = os.memfd_create('x')",
+    "anonymous shared memory": "import mmap\nmap = mmap.mmap(-1, 2**20)",
+    "shared memory of System V": LIBC + "if libc.shmget(0, 2**20, 0o1600) < 0: raise OSError(1, 'no')",
+    "a new namespace": LIBC + "if libc.unshare(0x10000000): raise OSError(1, 'no')",
+    "a socket to the network": "import socket\nsocket.socket()",
+    "more processors": "import os\nos.sched_setaffinity(0, os.sched_getaffinity(0))",
+}
+
+
+@needs_linux
+@pytest.mark.parametrize("what", HIDES)
+def test_calls_that_are_refused(opened, what) -> None:
+    """They work in an ordinary process, and not in one that is shut in."""
+    subprocess.run([sys.executable, "-c", HIDES[what]], check=what != "a new namespace")
+    with pytest.raises(PermissionError):
+        opened(HIDES[what], "f")
+
+
+@needs_linux
+def test_the_kernel_ends_answers_first(opened) -> None:
+    """Where memory runs out all the same, these processes go before any other, and cannot say otherwise."""
+    source = """
+score = int(open("/proc/self/oom_score_adj").read())
+try:
+    open("/proc/self/oom_score_adj", "w").write("0")
+    changed = True
+except OSError:
+    changed = False
+"""
+    found = opened(source, "score", "changed")
+    assert found["score"] == 1000 and not (found["changed"] and NAMESPACES)
+
+
+def test_a_group_of_the_kernel_is_made_where_it_may_be(tmp_path) -> None:
+    """In our own control group, or beside it where that one may have no children; nowhere else."""
+    (tmp_path / "own").write_text("3:cpu:/x\n0::/user/session\n")
+    for path, controllers in ((tmp_path / "user", "memory pids"), (tmp_path / "user" / "session", "")):
+        path.mkdir()
+        (path / "cgroup.subtree_control").write_text(controllers)
+    group = confine.Group(Limits(), 5, tmp_path, tmp_path / "own")
+    assert group.path.parent == tmp_path / "user"
+    assert (group.path / "memory.max").read_text() == str(2 * 2**30 + 5) and (group.path / "pids.max").read_text() == "16"
+    assert group.add(17) and (group.path / "cgroup.procs").read_text() == "17"
+    (tmp_path / "user" / "cgroup.subtree_control").write_text("cpu")
+    assert confine.Group(Limits(), 5, tmp_path, tmp_path / "own").path is None
 
 
 def test_small_limits() -> None:
