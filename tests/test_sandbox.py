@@ -21,7 +21,7 @@ import tokenizers
 import torch
 import yaml
 from helpers_course import environment
-from helpers_workbooks import NAMES, ROOT, UNFINISHED, book, changed, checks_of
+from helpers_workbooks import NAMES, ROOT, book, changed, checks_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -34,8 +34,6 @@ from course.submission import Master, Submission, asked_for
 from course.wire import Channel, Decoder, Encoder, WireError
 from minimind.model import ModelConfig
 from tests import toy_workbook as toy
-
-pytestmark = UNFINISHED
 
 ANSWERS = {name: yaml.safe_load((ROOT / "tests" / "wrong_answers" / f"{name}.yaml").read_text()) for name in NAMES}
 
