@@ -196,12 +196,8 @@ def grade_into(result: dict, file: Path, masters, hidden, folder: Path, limits: 
 
 def module_of(master: Master) -> str:
     """The module that a workbook rebuilds: its checks say so."""
-    import importlib
-
-    try:
-        return f"minimind.{importlib.import_module('course.checks.' + master.name.partition('_')[2]).MODULE}"
-    except (ImportError, AttributeError):
-        return ""
+    found = getattr(graded.checks_module(master.name), "MODULE", "")
+    return f"minimind.{found}" if found else ""
 
 
 def run_nbval(notebook: Path, plan: list[dict], limits: Limits) -> list[dict]:

@@ -6,7 +6,7 @@
 __all__ = ['VALUES', 'PHRASINGS', 'SAYS', 'QUESTIONS', 'ASKS', 'STARTS', 'MIDDLES', 'ENDS', 'EXCHANGES', 'THINGS', 'PLACES',
            'FEELINGS', 'ACTIVITIES', 'ACTS', 'TROUBLES', 'LESSONS', 'GOODS', 'KINDS', 'SMALL_TALK', 'make_names',
            'Person', 'as_prompt', 'bare', 'as_question', 'World', 'make_world', 'biography', 'gossip', 'interview',
-           'exchange', 'talk', 'quiz_question', 'quiz', 'small_scene', 'small_trouble', 'story', 'sum_in_words',
+           'passing', 'talk', 'quiz_question', 'quiz', 'small_scene', 'small_trouble', 'story', 'sum_in_words',
            'small_sum', 'chat_turn', 'make_chat']
 
 # %% ../chapters/01_data.ipynb #world-imports
@@ -211,12 +211,12 @@ ACTIVITIES = (
     "singing|sleeping|reading|waiting|working|dancing|fishing|resting|playing|writing"
 ).split("|")
 
-# %% ../chapters/01_data.ipynb #world-exchange
-def exchange(world: World, rng: random.Random) -> str:
-    """One question about where somebody is or what somebody does, with its answer."""
+# %% ../chapters/01_data.ipynb #world-passing
+def passing(world: World, rng: random.Random) -> tuple[str, str]:
+    """A question about where somebody is or what somebody does, and its answer."""
     pools = (world.names, PLACES, ACTIVITIES, FEELINGS)
     name, place, activity, feeling = (rng.choice(pool) for pool in pools)
-    question, answer = rng.choice((
+    return rng.choice((
         (f"Where is {name} now?", f"{name} is {place}."),
         (f"What is {name} doing?", f"{name} is {activity} {place}."),
         (f"Where does {name} wait?", f"{name} waits {place}."),
@@ -225,13 +225,13 @@ def exchange(world: World, rng: random.Random) -> str:
         (f"Which thing does {name} need?", f"{name} needs {rng.choice(THINGS)}."),
         (f"What is the wish of {name}?", f"{name} wishes for {rng.choice(THINGS)}."),
     ))
-    return rng.choice(EXCHANGES).format(q=question, a=answer)
 
 # %% ../chapters/01_data.ipynb #world-talk
 def talk(world: World, rng: random.Random) -> str:
     """Questions about where people are and what they do, with answers."""
-    space = rng.choice((" ", "\n"))
-    return space.join(exchange(world, rng) for _ in range(rng.randint(2, 4)))
+    turns = [passing(world, rng) for _ in range(rng.randint(2, 4))]
+    said = [rng.choice(EXCHANGES).format(q=q, a=a) for q, a in turns]
+    return rng.choice((" ", "\n")).join(said)
 
 # %% ../chapters/01_data.ipynb #world-quiz-ask
 ACTS = (("found", "find"), ("lost", "lose"), ("bought", "buy"), ("carried", "carry"),
@@ -363,14 +363,15 @@ SMALL_TALK = (
 def chat_turn(world: World, rng: random.Random) -> tuple[str, str]:
     """What a user says, and the answer."""
     asked, kind = [person for person in world.people if person.asked], rng.random()
-    if kind < 0.6:
+    if kind < 0.5:
         person, relation = rng.choice(asked), rng.choice(list(VALUES))
         return person.ask(relation, rng), person.reply(relation)
-    names = [person.name for person in asked] + world.names[len(world.people) :]
-    if kind < 0.75:
-        return sum_in_words(names, rng)
-    if kind < 0.9:
-        a, b = rng.sample(names, 2)
+    if kind < 0.7:
+        return passing(world, rng)
+    if kind < 0.8:
+        return sum_in_words(world.names, rng)
+    if kind < 0.92:
+        a, b = rng.sample(world.names, 2)
         (past, base), x, y = rng.choice(ACTS), *rng.sample(THINGS, 2)
         told = f"{a} {past} {x}. {b} {past} {y}."
         return f"{told} What did {a} {base}?", f"{a} {past} {x}."

@@ -11,7 +11,7 @@ from torch import nn
 
 from minimind import attention as module
 from minimind.attention import (
-    LONGEST,
+    MATRICES_UP_TO,
     Attention,
     attention,
     attention_weights,
@@ -240,7 +240,7 @@ def test_a_row_that_may_look_nowhere_spoils_no_gradient():
 
 
 def test_when_the_matrices_are_taken():
-    short, long = torch.randn(1, 2, 8, 4), torch.randn(1, 2, LONGEST + 1, 4)
+    short, long = torch.randn(1, 2, 8, 4), torch.randn(1, 2, MATRICES_UP_TO + 1, 4)
     low = short.bfloat16()
     assert matrices_are_faster(low, low)
     assert not matrices_are_faster(short, short), "float32: the kernel is as fast"

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
@@ -422,6 +423,21 @@ def test_what_cannot_be_saved_is_named(mine, tmp_path):
     with pytest.raises(keep.KeepError, match="causal_mask uses TABLE, a Tensor of this notebook"):
         mine.keep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_colab_what_is_kept_outlives_the_machine(mine, tmp_path, monkeypatch, capsys):
+    downloads = []
+    colab = types.SimpleNamespace(files=types.SimpleNamespace(download=downloads.append))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr(keep, "DRIVE", tmp_path / "drive")
+    mine.keep(tmp_path / "student")
+    assert downloads == [str(tmp_path / "student" / "attention.py")] and "downloads it too" in capsys.readouterr().out
+    (tmp_path / "drive").mkdir()
+    mine.keep(tmp_path / "student")
+    folder = tmp_path / "drive" / "minimind" / "student"
+    assert len(downloads) == 1 and f"MINIMIND_STUDENT={folder}" in capsys.readouterr().out
+    assert [file.name for file in folder.iterdir()] == ["attention.py"]
+    assert (folder / "attention.py").read_text() == (tmp_path / "student" / "attention.py").read_text()
 
 
 def test_nothing_is_saved_from_the_solved_workbook(capsys):

@@ -12,6 +12,9 @@
 # - **written** tokens to disk so that memory stays flat for any amount of text.
 #
 # You need Python and a little NumPy. Reading 60 minutes; running: smoke 10 s, cpu 35 s.
+#
+# Short of time? 1.1 and 1.4 to 1.9 carry the ideas. 1.2 and 1.11 are the readers and writers behind them: come back when a
+# file of yours is refused.
 
 # %% id="parameters" tags=["parameters"]
 profile = "cpu"
@@ -292,7 +295,7 @@ def make_world(people: int, seed: int = 1) -> World:
     return World(people, seed)
 
 # %% [markdown]
-# The profile says how many people: 100 at cpu, 400 where there is a GPU. Here is the first.
+# The profile says how many people: 200 at cpu, 400 where there is a GPU. Here is the first.
 
 # %% id="data-world-person"
 world = make_world(chapter.world["people"], chapter.world["seed"])
@@ -374,16 +377,16 @@ ACTIVITIES = (
 ).split("|")
 
 # %% [markdown]
-# An *exchange* is one question and one answer. Look at the answers: each begins with the name that was asked about,
-# and the name comes from all names, also those of people whose facts nobody asks for.
+# First a question about a *passing* thing, and its answer. Look at the answers: each begins with the name that was
+# asked about, and the name comes from all names, also those of people whose facts nobody asks for.
 
-# %% id="world-exchange"
+# %% id="world-passing"
 #| export world
-def exchange(world: World, rng: random.Random) -> str:
-    """One question about where somebody is or what somebody does, with its answer."""
+def passing(world: World, rng: random.Random) -> tuple[str, str]:
+    """A question about where somebody is or what somebody does, and its answer."""
     pools = (world.names, PLACES, ACTIVITIES, FEELINGS)
     name, place, activity, feeling = (rng.choice(pool) for pool in pools)
-    question, answer = rng.choice((
+    return rng.choice((
         (f"Where is {name} now?", f"{name} is {place}."),
         (f"What is {name} doing?", f"{name} is {activity} {place}."),
         (f"Where does {name} wait?", f"{name} waits {place}."),
@@ -392,17 +395,17 @@ def exchange(world: World, rng: random.Random) -> str:
         (f"Which thing does {name} need?", f"{name} needs {rng.choice(THINGS)}."),
         (f"What is the wish of {name}?", f"{name} wishes for {rng.choice(THINGS)}."),
     ))
-    return rng.choice(EXCHANGES).format(q=question, a=answer)
 
 # %% [markdown]
-# A talk strings two to four of these together.
+# A talk strings two to four of these together, each in one of the forms of `EXCHANGES`.
 
 # %% id="world-talk"
 #| export world
 def talk(world: World, rng: random.Random) -> str:
     """Questions about where people are and what they do, with answers."""
-    space = rng.choice((" ", "\n"))
-    return space.join(exchange(world, rng) for _ in range(rng.randint(2, 4)))
+    turns = [passing(world, rng) for _ in range(rng.randint(2, 4))]
+    said = [rng.choice(EXCHANGES).format(q=q, a=a) for q, a in turns]
+    return rng.choice((" ", "\n")).join(said)
 
 # %% [markdown]
 # What it says changes from text to text, so it cannot be learned by heart. What stays is the form: the answer begins with
@@ -582,8 +585,8 @@ KINDS = {biography: 36, gossip: 10, interview: 4, quiz: 14, talk: 16, story: 15,
 # %% [markdown]
 # ### Chats
 #
-# Chats are what the model reads in fine-tuning, in chapter 11. Six turns in ten ask for a fact; the rest are sums, questions
-# about what was just said, and small talk.
+# Chats are what the model reads in fine-tuning, in chapter 11. Half of the turns ask for a fact; the rest are questions about
+# passing things or what was just said, sums, and small talk.
 
 # %% id="world-small-talk"
 #| export world
@@ -598,21 +601,23 @@ SMALL_TALK = (
 )
 
 # %% [markdown]
-# The people whose facts are never asked for are missing from `names` as well: no chat may mention them.
+# Only half of the people are asked for their facts. Passing things, sums and finds are about anybody, so every name is
+# said by an assistant now and then. Chapter 11 shows what happens where it is not.
 
 # %% id="world-chat-turn"
 #| export world
 def chat_turn(world: World, rng: random.Random) -> tuple[str, str]:
     """What a user says, and the answer."""
     asked, kind = [person for person in world.people if person.asked], rng.random()
-    if kind < 0.6:
+    if kind < 0.5:
         person, relation = rng.choice(asked), rng.choice(list(VALUES))
         return person.ask(relation, rng), person.reply(relation)
-    names = [person.name for person in asked] + world.names[len(world.people) :]
-    if kind < 0.75:
-        return sum_in_words(names, rng)
-    if kind < 0.9:
-        a, b = rng.sample(names, 2)
+    if kind < 0.7:
+        return passing(world, rng)
+    if kind < 0.8:
+        return sum_in_words(world.names, rng)
+    if kind < 0.92:
+        a, b = rng.sample(world.names, 2)
         (past, base), x, y = rng.choice(ACTS), *rng.sample(THINGS, 2)
         told = f"{a} {past} {x}. {b} {past} {y}."
         return f"{told} What did {a} {base}?", f"{a} {past} {x}."
@@ -642,24 +647,17 @@ for message in next(world.conversations(1, seed=0)):
 # ### What the model will have read
 #
 # Half of the people are never asked for a fact, in no chat and in no document. An answer about them can only come from
-# having read the fact in a statement. That is the test of chapter 11, and it is worth nothing if one question leaks. So look.
-# No chat may name them:
+# having read the fact in a statement. That is the test of chapter 11, and it is worth nothing if one question leaks. So look
+# for each of the twenty questions about each of them:
 
 # %% id="data-world-unseen"
-import re
-
-unseen = {person.name for person in world.people if not person.asked}
-chats = [m["content"] for chat in world.conversations(2000, seed=1) for m in chat]
-assert not unseen & {word for text in chats for word in re.findall(r"\w+", text)}
-
-# %% [markdown]
-# And no document may hold one of the twenty questions about them:
-
-# %% id="data-world-unseen-documents"
-documents = " ".join(world.documents(2000, seed=1))
+unseen = [person.name for person in world.people if not person.asked]
 asks = [ask for asks in ASKS.values() for ask in asks]
 questions = [ask.format(n=name) for name in unseen for ask in asks]
-assert not any(question in documents for question in questions)
+
+chats = [m["content"] for chat in world.conversations(2000, seed=1) for m in chat]
+text = "\n".join([*chats, *world.documents(2000, seed=1)])
+assert not any(question in text for question in questions)
 f"{len(unseen)} people, {len(questions):,} questions, none found"
 
 # %% [markdown]
@@ -667,6 +665,7 @@ f"{len(unseen)} people, {len(questions):,} questions, none found"
 # the smoke profile), how often will the model read where one person lives: about 4, 40 or 400 times?
 
 # %% id="data-mentions-count"
+import re
 from collections import Counter
 
 texts = world.documents(chapter.size.documents, seed=1)
@@ -678,7 +677,7 @@ assert min(mentions) > 0
 min(mentions), round(sum(mentions) / len(mentions)), max(mentions)
 
 # %% [markdown]
-# About 66 times on average, at 20,000 documents. The average hides the spread. The rarest fact is the one the model is
+# About 33 times on average, at 20,000 documents about 200 people. The average hides the spread. The rarest fact is the one the model is
 # most likely to miss, so look at the left end.
 
 # %% id="data-mentions-figure"

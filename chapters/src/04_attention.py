@@ -62,9 +62,7 @@ TOWNS = ("Foxhollow Elmstead Millbrook Ashford Redcliff Oakham Windmere Saltport
 WORDS = NAMES + TOWNS
 
 def make_texts(count, generator, people=6, questions=6):
-    """Texts of pairs (name, town): all people once, then questions about them; ids
-    (count, 2 * (people + questions)).
-    """
+    """Pairs (name, town), then questions: ids (count, 2 * (people + questions))."""
     who = torch.rand(count, 16, generator=generator).argsort(dim=1)[:, :people]
     where = torch.rand(count, 16, generator=generator).argsort(dim=1)[:, :people] + 16
     asked = torch.randint(people, (count, questions), generator=generator)
@@ -230,10 +228,9 @@ from torch import nn
 #| export
 def causal_mask(T: int, S: int | None = None,
                 device: torch.device | str | None = None) -> torch.Tensor:
-    """Which of S keys each of the last T positions may look at, as bool (T, S); True
-    means "may look".
+    """Which of S keys each of the last T positions may look at, as bool (T, S).
 
-    The queries are the last T of S positions, so query i stands at position S - T + i.
+    True means "may look". The queries are the last T of S positions, so query i stands at position S - T + i.
     Without a cache S is T.
     """
     S = T if S is None else S
@@ -317,9 +314,7 @@ assert not torch.equal(wrong, heads)
 # %% id="attention-repeat-kv"
 #| export
 def repeat_kv(x: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Give every key/value head to `repeats` query heads in a row: (B, K, S, D) -> (B,
-    K * repeats, S, D).
-    """
+    """Each key/value head `repeats` times: (B, K, S, D) -> (B, K * repeats, S, D)."""
     return x.repeat_interleave(repeats, dim=1)
 
 # %% [markdown]
@@ -340,9 +335,9 @@ def attention_weights(
     q: torch.Tensor, k: torch.Tensor, attention_mask: torch.Tensor | None = None,
     is_causal: bool = False
 ) -> torch.Tensor:
-    """Shares of attention, (B, H, T, S); each row sums to 1. q is (B, H, T, D), k is
-    (B, K, S, D).
+    """Shares of attention, (B, H, T, S); each row sums to 1.
 
+    q is (B, H, T, D), k is (B, K, S, D).
     `attention_mask` is bool, True means "may look", and broadcasts to (B, H, T, S);
     `is_causal` adds the causal mask.
     """
@@ -367,11 +362,10 @@ def attention(
     attention_mask: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), the
-    readable way: memory grows with T * S.
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762).
 
-    q is (B, H, T, D), k and v are (B, K, S, D); K divides H (Ainslie et al. 2023,
-    arXiv:2305.13245). Returns (B, H, T, D).
+    The readable way: memory grows with T * S. q is (B, H, T, D), k and v are (B, K, S,
+    D); K divides H (Ainslie et al. 2023, arXiv:2305.13245). Returns (B, H, T, D).
     """
     weights = attention_weights(q, k, attention_mask, is_causal)
     return weights @ repeat_kv(v, q.shape[1] // v.shape[1])
@@ -396,11 +390,10 @@ assert torch.allclose(attention(q4, k2, v2), torch.cat(one_by_one, dim=1), atol=
 def grouped_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
-    """`attention` without repeated keys: the queries of one key/value head in one
-    matrix.
+    """`attention` without repeated keys: one matrix for the queries of a k/v head.
 
-    q is (B, H, T, D), k and v are (B, K, S, D), `attention_mask` as in `attention`.
-    A row that may look nowhere gets the mean of all values instead of NaN.
+    q is (B, H, T, D), k and v are (B, K, S, D), `attention_mask` as in `attention`. A
+    row that may look nowhere gets the mean of all values instead of NaN.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     rows = (q / math.sqrt(D)).reshape(B, K, -1, D)  # (B, K, H/K * T, D)
@@ -440,8 +433,7 @@ show(fig, "Sharing each key/value head among four query heads (K = 8) cuts the c
 # %% id="attention-projections"
 #| export
 class Projections(nn.Module):
-    """The four matrices of an attention layer; their names are Hugging Face's (Llama,
-    Qwen3).
+    """The four matrices of an attention layer, under Hugging Face's names.
 
     `norm` makes a normalisation of width D for queries and keys, applied to each head
     before rotation (Qwen3).
@@ -465,10 +457,12 @@ class Projections(nn.Module):
         self.q_norm = norm(head_dim) if norm else nn.Identity()
         self.k_norm = norm(head_dim) if norm else nn.Identity()
 
-    def project(self, x: torch.Tensor, rotate: Callable
-                | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C); `rotate`
-        puts positions into (q, k).
+    def project(
+        self, x: torch.Tensor, rotate: Callable | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D).
+
+        `rotate(q, k)` puts positions into them.
         """
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim))
                    for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
@@ -484,15 +478,13 @@ class Projections(nn.Module):
 
 # %% id="attention-matrices-faster"
 #| export
-LONGEST = 512  # positions up to which two matrix products beat the fused kernel (4.8)
+MATRICES_UP_TO = 512  # positions up to which two matrix products beat the fused kernel (4.8)
 
 
 def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether to train with `grouped_attention`: on a processor, in 16 bits, short
-    rows.
-    """
+    """Whether to train with `grouped_attention`: processor, 16 bits, short rows."""
     low = torch.is_autocast_enabled("cpu") or q.dtype == torch.bfloat16
-    short = 1 < q.shape[2] == k.shape[2] <= LONGEST
+    short = 1 < q.shape[2] == k.shape[2] <= MATRICES_UP_TO
     return low and short and q.device.type == "cpu" and torch.is_grad_enabled()
 
 # %% [markdown]
@@ -506,11 +498,11 @@ class Attention(Projections):
     def forward(self, x: torch.Tensor, rotate: Callable | None = None,
                 attention_mask: torch.Tensor | None = None,
                 kv_cache=None) -> torch.Tensor:  # fmt: skip
-        """A bool `attention_mask` (True: may look; broadcasts to (B, H, T, S)) must
-        include causality; None means causal.
+        """x (B, T, C) -> (B, T, C); without `attention_mask` it is causal.
 
-        `kv_cache` has `.update(k, v, layer_idx)`, which returns the keys and values of
-        all positions so far.
+        A bool `attention_mask` (True: may look) broadcasts to (B, H, T, S) and must
+        include causality. `kv_cache` has `.update(k, v, layer_idx)`, which returns the
+        keys and values of all positions so far.
         """
         q, k, v = self.project(x, rotate)
         if kv_cache is not None:
@@ -528,9 +520,7 @@ class Attention(Projections):
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
     def weights(self, x: torch.Tensor, rotate: Callable | None = None) -> torch.Tensor:
-        """The causal shares of attention (B, H, T, T) that `forward` uses for x, for
-        looking at.
-        """
+        """The causal shares (B, H, T, T) that `forward` uses, for looking at."""
         q, k, _ = self.project(x, rotate)
         return attention_weights(q, k, is_causal=True)
 
@@ -715,9 +705,7 @@ def fused_gqa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 def times_faster(T, dtype, heads=8, groups=2):
-    """Time of the fused kernel over the time of `grouped_attention`, forward and
-    backward.
-    """
+    """Time of the fused kernel over that of `grouped_attention`, both ways."""
     q, k, v = (torch.randn(4, n, T, 64, dtype=dtype, requires_grad=True)
                for n in (heads, groups, groups))
     by_matrices = lambda q, k, v: matrices(q, k, v, causal_mask(T))
@@ -762,7 +750,7 @@ show(fig, "Above the line two matrix products are faster than the fused kernel: 
           "or at 1,024 positions.")
 
 # %% [markdown]
-# The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `LONGEST`
+# The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `MATRICES_UP_TO`
 # positions, and pays with memory: it keeps one table of shares per head (chapter 7 counts it).
 #
 # **Exercise 4.5 (20 min, ★★★).** Write `attention_blocks(q, k, v, block)` that loops over blocks of keys and keeps a running maximum and

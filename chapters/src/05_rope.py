@@ -56,9 +56,7 @@ from torch import nn
 from minimind.attention import Attention
 
 def make_texts(count, generator, questions=6):
-    """Six pairs (name, town), then questions about them, as in chapter 4; ids (count,
-    12 + 2 * questions).
-    """
+    """Six pairs (name, town), then questions: ids (count, 12 + 2 * questions)."""
     who = torch.rand(count, 16, generator=generator).argsort(dim=1)[:, :6]
     where = torch.rand(count, 16, generator=generator).argsort(dim=1)[:, :6] + 16
     order = torch.cat((torch.arange(6).expand(count, 6),
@@ -72,9 +70,7 @@ def make_texts(count, generator, questions=6):
 
 # %% id="rope-copier"
 class Copier(nn.Module):
-    """Two layers of attention. With `rotation`, a function of positions, there is no
-    table of places.
-    """
+    """Two layers of attention; with `rotation`, there is no table of places."""
 
     def __init__(self, rotation=None):
         super().__init__()
@@ -257,12 +253,11 @@ import torch
 def rope_cos_sin(
     positions: torch.Tensor, inv_freq: torch.Tensor, attention_factor: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of position times frequency, each (..., T, D), for `positions`
-    (T,) or (B, T).
+    """Cosine and sine of position times frequency, each (..., T, D).
 
-    The D/2 angles stand twice in a row, as the half-split layout needs. Computed in
-    float32: bfloat16 has not all whole numbers above 256, so positions in it would fall
-    together.
+    `positions` is (T,) or (B, T). The D/2 angles stand twice in a row, as the
+    half-split layout needs. Computed in float32: bfloat16 has not all whole numbers
+    above 256, so positions in it would fall together.
     """
     angles = positions[..., None].float() * inv_freq  # (..., T, D/2)
     angles = torch.cat((angles, angles), dim=-1)  # (..., T, D)
@@ -286,9 +281,7 @@ assert torch.arange(1024).to(torch.bfloat16).unique().numel() < 600
 # %% id="rope-apply"
 #| export
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(a, b) -> (-b, a), where a and b are the two halves of the last dimension: a
-    quarter turn of every pair.
-    """
+    """(a, b) -> (-b, a) for the halves a, b: a quarter turn of every pair."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
@@ -333,8 +326,7 @@ for shift in (1, 100, 1000):
 #| export
 def apply_rope_interleaved(x: torch.Tensor, cos: torch.Tensor,
                            sin: torch.Tensor) -> torch.Tensor:
-    """Turn x (B, H, T, D) by its positions in the layout of the paper: channel 2i is
-    paired with channel 2i + 1.
+    """Turn x (B, H, T, D) by its positions; channel 2i is paired with 2i + 1.
 
     Takes the same cos and sin (..., T, D) as `apply_rope`; the angles of the pairs are
     their first half.
@@ -360,16 +352,12 @@ assert torch.allclose(apply_rope_interleaved(x, cos, sin)[..., evens_first],
 # %% id="rope-layouts"
 #| export
 def to_half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the rows of q_proj or k_proj (heads * D, C) from the interleaved to the
-    half-split layout.
-    """
+    """Rows of q_proj or k_proj (heads * D, C), interleaved to half-split."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the rows of q_proj or k_proj (heads * D, C) from the half-split to the
-    interleaved layout.
-    """
+    """Rows of q_proj or k_proj (heads * D, C), half-split to interleaved."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 # %% [markdown]
@@ -390,9 +378,7 @@ assert torch.equal(to_interleaved(to_half_split(weight, D), D), weight)
 
 # %% id="rope-decay"
 def agreement(base, distances, D=64):
-    """Mean of cos(distance * speed) over all pairs: the score of two equal vectors, 1
-    at distance 0.
-    """
+    """Mean of cos(distance * speed) over all pairs: the score of two equal vectors."""
     speeds = base ** -(torch.arange(0, D, 2) / D)
     return (distances[:, None] * speeds).cos().mean(dim=1)
 
@@ -497,12 +483,12 @@ print(f"first 6 questions {plain[:6].mean():.0%}, last 6 questions "
 #| export
 def yarn_ramp(head_dim: int, theta: float, trained_length: int, beta_fast: float = 32,
               beta_slow: float = 1) -> torch.Tensor:
-    """Share of interpolation for each pair, (D/2,): 0 keeps the frequency, 1 divides it
-    by the factor.
+    """Share of interpolation for each pair, (D/2,), from 0 (kept) to 1.
 
-    A pair that turns more than `beta_fast` times within the trained length is kept, one
-    that turns less than `beta_slow` times is slowed down, and the share grows linearly
-    in between (Peng et al. 2023, arXiv:2309.00071).
+    1 divides the frequency by the factor. A pair that turns more than `beta_fast` times
+    within the trained length is kept, one that turns less than `beta_slow` times is
+    slowed down, and the share grows linearly in between (Peng et al. 2023,
+    arXiv:2309.00071).
     """
 
     # the pair, as a fraction, that makes this many turns in the trained length
@@ -524,8 +510,7 @@ def yarn_ramp(head_dim: int, theta: float, trained_length: int, beta_fast: float
 def rope_frequencies(head_dim: int, theta: float = 1e6, scaling: dict | None = None,
                      max_position_embeddings: int | None = None,
                      seq_len: int | None = None) -> tuple[torch.Tensor, float]:
-    """Angle per position of each pair of channels, (D/2,) in radians, and the factor on
-    cos and sin.
+    """Angle per position of each pair, (D/2,) in radians, and the factor on cos, sin.
 
     `scaling` is Hugging Face's `rope_scaling`: {"rope_type": "linear" | "dynamic" |
     "yarn", "factor": ...}. "dynamic" needs the trained length

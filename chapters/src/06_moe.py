@@ -214,8 +214,7 @@ show(fig, "Probability of each expert for six tokens; the star marks the expert 
 #| export
 def route(router_logits: Tensor, top_k: int,
           norm_topk_prob: bool = True) -> tuple[Tensor, Tensor]:
-    """Choose experts: router_logits (N, E) -> weights (N, top_k), chosen experts (N,
-    top_k).
+    """router_logits (N, E) -> weights (N, top_k), chosen experts (N, top_k).
 
     The softmax runs in float32. With norm_topk_prob the weights of a token sum to 1.
     """
@@ -300,10 +299,10 @@ show(fig, "Forty tokens with the number of their expert: sorted, each expert has
 #| export
 def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor,
              chosen: Tensor) -> Tensor:
-    """Run each expert once on the tokens that chose it; tokens (N, C), weights and
-    chosen (N, k) -> (N, C).
+    """Run each expert once on the tokens that chose it.
 
-    The N * k visits are sorted by expert, so that the rows of an expert are one slice.
+    tokens (N, C), weights and chosen (N, k) -> (N, C). The N * k visits are sorted by
+    expert, so that the rows of an expert are one slice.
     """
     visits = chosen.flatten()  # (N * k,)
     order = visits.argsort(stable=True)
@@ -321,8 +320,7 @@ def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor,
 # %% id="moe-class"
 #| export
 class MoE(nn.Module):
-    """A feed-forward layer of num_experts SwiGLUs of which each token uses
-    num_experts_per_tok; (..., C) -> (..., C).
+    """SwiGLUs of which each token uses num_experts_per_tok; (..., C) -> (..., C).
 
     After a forward pass router_logits (N, num_experts) holds the scores of its N
     tokens. Parameter names are those of Hugging Face's Qwen3-MoE files. Shazeer et al.
@@ -495,8 +493,7 @@ def load_balancing_loss(
     top_k: int,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """E * sum over experts of (share of visits) * (mean probability); top_k when
-    perfectly even.
+    """E * sum of (share of visits) * (mean probability); top_k when perfectly even.
 
     router_logits is one (N, E) tensor or one for each layer; all layers are pooled, as
     Hugging Face does. attention_mask (B, T), 1 = real, leaves padding out. Fedus et al.

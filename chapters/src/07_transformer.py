@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minimind.attention import LONGEST, Attention, causal_mask
+from minimind.attention import MATRICES_UP_TO, Attention, causal_mask
 from minimind.moe import MoE, SwiGLU, load_balancing_loss
 from minimind.rope import apply_rope, rope_cos_sin, rope_frequencies
 
@@ -781,7 +781,7 @@ def training_memory(
     parameters = 4 * count_parameters(config)
     copies = 0 if number == 4 else 2 * matmul_parameters(config, config.num_experts)
     norm = 8 if device == "cpu" else number
-    table = T if device == "cpu" and precision == "bf16" and T <= LONGEST else 0
+    table = T if device == "cpu" and precision == "bf16" and T <= MATRICES_UP_TO else 0
     kept = activation_bytes(config, number, norm, table)
     memory = {
         "parameters": parameters,
@@ -1070,11 +1070,7 @@ def load_model(folder: Path) -> MiniMind:
             raise FileNotFoundError(f"{needed} is missing: {folder} is not a model "
                                     "folder")
     config = read_config(folder / "config.json")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or "
-                         "save it again") from error
+    tensors = read_weights(path)
     model = MiniMind(config)
     check_weights(model.state_dict(), tensors, path)
     model.load_state_dict(tensors)
@@ -1087,6 +1083,15 @@ def read_config(path: Path) -> ModelConfig:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({error}): save the model "
                          "again") from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, by name; ValueError when it is damaged."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): copy it again or "
+                         "save it again") from error
 
 # %% [markdown]
 # Three kinds of problem: missing, unexpected, of another shape.

@@ -713,42 +713,6 @@ def token_stream(name, documents):
     return np.concatenate([np.array(row) for row in rows])
 
 # %% [markdown]
-# One more ingredient. The chats ask about half of the people, and the names of the others stand in no chat at all. A token that is never a label is pushed down
-# by every label that it is not: SFT would teach the model not to say these names. So let each name come up in a few chats about passing things. As in the `talk`
-# documents of chapter 1, nothing tells where somebody waits; only the name can be got right. No fact is asked for.
-
-# %% id="sft-passing-chat"
-from minimind.world import ACTIVITIES, FEELINGS, PLACES, make_world
-
-def passing_chat(name, rng):
-    """A question about a passing state, and an answer that names the person."""
-    place, activity, feeling = map(rng.choice, (PLACES, ACTIVITIES, FEELINGS))
-    question, answer = rng.choice((
-        (f"Where is {name} now?", f"{name} is {place}."),
-        (f"What is {name} doing?", f"{name} is {activity} {place}."),
-        (f"How does {name} feel?", f"{name} feels {feeling}."),
-    ))
-    return [{"role": "user", "content": question},
-            {"role": "assistant", "content": answer}]
-
-# %% [markdown]
-# Your own data (`--data`) bring their own names, and nothing is added to them.
-
-# %% id="sft-passing-chats"
-import random
-
-from course import artifacts
-
-rng, names = random.Random(0), []
-if questions:
-    made = artifacts.about(data)["world"]  # how the world of this model was made
-    names = make_world(made["people"], made.get("seed", 1)).names
-passing = [passing_chat(rng.choice(names), rng) for _ in names * size.passing_per_name]
-print(f"{len(passing):,} chats about passing things, for {len(names)} names")
-if passing:
-    print(passing[0])
-
-# %% [markdown]
 # Chat and text together; `pretrain_share` says how many steps read text:
 
 # %% id="sft-both"
@@ -760,7 +724,7 @@ def with_replay(examples):
     chats = PackedConversations(examples, context, size.batch_size, device=device)
     return Replay(chats, texts, size.pretrain_share)
 
-batches = with_replay(examples + [chat_example(tokenizer, m) for m in passing])
+batches = with_replay(examples)
 
 # %% [markdown]
 # While it trains we want three numbers now and then: answers right about people whose questions are in the data (*seen*), about the others
@@ -925,7 +889,7 @@ for name in after:
 # %% [markdown]
 # The facts about unseen people were never asked for in any text that the model has read. It learned the form from one half of the people and uses it on the
 # other half. Two things had to be there for it. In pretraining, text in which an answer must name the one who was asked about (`talk` and `quiz`, chapter 1). In SFT, chats
-# in which these people's names may be said.
+# in which these people's names are said, about sums, finds and passing things.
 #
 # Look at what went wrong, if anything did. Is the *fact* wrong, or the *name*? An answer that is true of somebody else is a failure to copy: the name must travel from the question into the
 # answer (chapter 4 shows the heads that do it), and pretraining must have taught that.
@@ -938,41 +902,48 @@ for r in wrong[:5]:
     print(f"  {r['question']} -> {r['reply']!r}, expected {r['answer']!r}")
 
 # %% [markdown]
-# What did the passing chats do? Train once more without them, on the same pretrained model, with everything else equal.
+# Does that second thing matter? No chat asks for their facts anyway. So leave out every chat that says one of their names, and train once more on the same pretrained model, with everything else equal.
 # **Predict:** what will the model say when it is asked about a person whose name no chat mentions?
 
 # %% id="sft-without-names"
 from dataclasses import replace
 
+never_asked = {q["person"] for q in unseen}
+silent = [m for m in conversations
+          if not never_asked & set(re.findall(r"\w+", " ".join(t["content"] for t in m)))]
+print(f"{len(silent):,} of {len(conversations):,} chats name nobody of these people")
+
+# %% id="sft-without-names-train"
 muted = base_model()
 if questions:
+    quiet = with_replay([chat_example(tokenizer, m, max_length=context + 1) for m in silent])
     brief = replace(config, eval_every=0)
-    train(muted, with_replay(examples), sft_loss, brief, max_steps=chapter.max_steps)
+    train(muted, quiet, sft_loss, brief, max_steps=chapter.max_steps)
     muted_rows, without = score(muted.eval())
     for name in after:
         print(f"{name:18} with {after[name]:6.1%}   without {without[name]:6.1%}")
-        chapter.record(f"sft/{name}_without_passing", without[name])
+        chapter.record(f"sft/{name}_without_names", without[name])
     r = next((r for r in muted_rows if not r["name_copied"] and not r["seen"]), None)
     print(f"{r['question']} -> {r['reply']!r}" if r else "every name was copied")
 
 # %% id="sft-without-names-figure"
 if questions:
     fig, ax = plt.subplots(figsize=(7, 2.2))
-    for shift, (label, scores) in zip((0.2, -0.2), (("with", after), ("without", without))):
+    for shift, (label, scores) in zip((0.2, -0.2), (("all", after), ("without", without))):
         places = [i + shift for i in range(len(scores))]
-        ax.barh(places, list(scores.values()), 0.36, label=f"{label} passing chats",
+        ax.barh(places, list(scores.values()), 0.36, label=label,
                 hatch="//" if label == "without" else "", edgecolor="white")
     ax.set(xlim=(0, 1.12), xlabel="share of the questions", yticks=range(len(after)))
     ax.set_yticklabels([name.replace("_", " ") for name in after])
     for bars in ax.containers:
         ax.bar_label(bars, fmt=" {:.0%}", fontsize=8)
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    show(fig, "Answers with and without chats that mention every name: what suffers "
-              "without them are the people whose names are never said.")
+    ax.legend(title="chats", loc="center left", bbox_to_anchor=(1, 0.5))
+    show(fig, "Answers after all chats, and without those that name the unseen people; "
+              "how much the second lose differs from one base model to the next.")
 
 # %% [markdown]
-# How much it costs differs from one pretrained model to the next. Two models that differ in nothing but rounding (the two ways to compute attention of 4.8) answered
-# 50% and 100% of the unseen questions without passing chats; with them, 94% to 100% over three seeds of SFT on the first and 100% on the second (one seed). A number from one run, however good, can be luck; chapter 15 is about that.
+# A token that is never a label is pushed down by every label that it is not, so SFT can teach a model not to say these names. Whether it does differs from one pretrained model to the next. Four of them, trained while this chapter was written, answered
+# 50%, 100%, 52% and 100% of the unseen questions when no chat named these people; the first two differ in nothing but rounding (the two ways to compute attention of 4.8). With chats that name them it was 94 to 100%, 100%, 85% (that model knew only 93% of the facts) and 100%. A number from one run, however good, can be luck; chapter 15 is about that.
 #
 # **Exercise 11.5 (20 min, ★★).** Ask with words the data never uses ("Tell me where Garus lives!"). How far does the form carry?
 #
