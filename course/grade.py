@@ -33,12 +33,6 @@ EXAMPLE = """examples:
   python -m course grade exercises/04_attention.ipynb          one notebook, into runs/grades"""
 
 
-UNFINISHED = (
-    "warning: the grader is not finished. An answer that starts several processes can take all memory of this machine: "
-    "grade only on a machine where nothing else runs."
-)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("submissions", nargs="+", type=Path, metavar="SUBMISSION", help="notebooks, or folders of notebooks (a class download)")
     parser.add_argument("--hidden", type=Path, help="folder of hidden tests: NN_topic.py for the workbook NN_topic")
@@ -52,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    print(UNFINISHED, file=sys.stderr)
     folder = args.master or artifacts.home() / "exercises"
     out = (args.out or artifacts.runs() / "grades").resolve()
     try:
@@ -196,12 +189,8 @@ def grade_into(result: dict, file: Path, masters, hidden, folder: Path, limits: 
 
 def module_of(master: Master) -> str:
     """The module that a workbook rebuilds: its checks say so."""
-    import importlib
-
-    try:
-        return f"minimind.{importlib.import_module('course.checks.' + master.name.partition('_')[2]).MODULE}"
-    except (ImportError, AttributeError):
-        return ""
+    found = getattr(graded.checks_module(master.name), "MODULE", "")
+    return f"minimind.{found}" if found else ""
 
 
 def run_nbval(notebook: Path, plan: list[dict], limits: Limits) -> list[dict]:

@@ -7,6 +7,7 @@ kernel gets stand-ins for what it defines. Checks and hidden tests run in the ke
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import random
 import re
@@ -27,7 +28,8 @@ def build(master: Master, submission: Submission, hidden: dict[str, list[dict]],
     cells, plan = [], []
     roles = {e.answer: ("answer", e) for e in master.exercises.values()} | {e.check: ("check", e) for e in master.exercises.values()}
     shared = {n for i, c in enumerate(master.cells) if c["kind"] == "code" and i not in roles for n in defined(c["source"])}
-    facts = {e.name: {"names": [n for n in e.names if n not in shared], "in_place": bool(e.facts.get("in_place")),
+    changing = {name for name, check in checks_of(master.name).items() if check.in_place}
+    facts = {e.name: {"names": [n for n in e.names if n not in shared], "in_place": e.name in changing,
                       "check": master.cells[e.check]["source"]} for e in master.exercises.values()}  # fmt: skip
     known = shared | {n for source in submission.answers.values() for n in defined(source)}
 
@@ -64,6 +66,21 @@ def build(master: Master, submission: Submission, hidden: dict[str, list[dict]],
     add(_plain_canary(), "canary")
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
     return {"notebook": {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, "plan": plan}
+
+
+def checks_module(workbook: str):
+    """The module of the checks of a workbook, or None: a master of an instructor's own may bring its checks along."""
+    try:
+        return importlib.import_module("course.checks." + workbook.partition("_")[2])
+    except ImportError:
+        return None
+
+
+def checks_of(workbook: str) -> dict:
+    """The registered checks of a workbook, by exercise."""
+    from course.checks import core
+
+    return core.REGISTERED.get(getattr(checks_module(workbook), "__name__", ""), {})
 
 
 def _plain_canary() -> str:
@@ -177,8 +194,6 @@ class Answers:
 
     def of_the_course(self, exercise: str) -> dict[str, str]:
         """The names of an exercise that the course's own module has."""
-        import importlib
-
         try:
             module = importlib.import_module(self.module)
         except (ImportError, ValueError):
