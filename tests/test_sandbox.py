@@ -26,12 +26,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from course import confine, graded
 from course.checks import core
-from course.confine import Limits
-from course.sandbox import AnswerFailed, Remote, Sandbox, Server, protection
-from course.submission import Master, Submission, asked_for
-from course.wire import Channel, Decoder, Encoder, WireError
+from course.grading import confine, graded
+from course.grading.confine import Limits
+from course.grading.sandbox import AnswerFailed, Remote, Sandbox, Server, protection
+from course.grading.submission import Master, Submission, asked_for
+from course.grading.wire import Channel, Decoder, Encoder, WireError
 from minimind.model import ModelConfig
 from tests import toy_workbook as toy
 
@@ -246,6 +246,33 @@ class Net(nn.Module):
     assert torch.allclose(net(x), twin(x), atol=1e-6)
     net.train()
     assert not torch.equal(net(x), net(x))  # dropout, and the random numbers go on
+
+
+def test_inference_mode_and_passing_buffers(opened) -> None:
+    """A generator under inference_mode gets tensors of the check; a buffer that is not saved stands in no state_dict."""
+    source = """
+import torch
+from torch import nn
+@torch.inference_mode()
+def steps(f, x):
+    for _ in range(2):
+        x = f(x)
+        yield x.sum()
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2)
+        self.inner.register_buffer("passing", torch.ones(1), persistent=False)
+        self.register_buffer("stays", torch.ones(1))
+    def forward(self, x):
+        return self.inner(x) * self.inner.passing
+"""
+    found = opened(source, "steps", "Net")
+    assert [float(value) for value in found["steps"](lambda x: 2 * x, torch.ones(2))] == [4, 8]
+    net = found["Net"]()
+    assert sorted(net.state_dict()) == ["inner.bias", "inner.weight", "stays"] and sorted(dict(net.named_buffers())) == ["inner.passing", "stays"]
+    net.inner.passing.zero_()
+    assert not net(torch.ones(1, 2)).any()
 
 
 def test_errors_keep_their_type_and_line(opened) -> None:
@@ -603,7 +630,7 @@ def test_the_memory_of_all_processes_is_held_together(server, namespaces) -> Non
 @needs_linux
 def test_the_watcher_is_what_holds_it() -> None:
     """The same with less memory and nobody who watches: the limit of one process does not hold the sum."""
-    server = Server.start("from course import sandbox_worker as worker\nworker.Meter.used = lambda self, allowed: 0")
+    server = Server.start("from course.grading import worker\nworker.Meter.used = lambda self, allowed: 0")
     try:
         limits = Limits(cpu_seconds=10, wall_seconds=20, memory_bytes=2**27)
         told, peak = most_taken(server, TAKES.format(steps=1, megabytes=70, seconds=2), limits, NAMESPACES)  # 560 MB together
@@ -686,7 +713,7 @@ def test_protection_is_what_it_says() -> None:
 @needs_namespaces
 def test_namespaces_are_what_hides_the_course(opened) -> None:
     """The same look sees nothing with them, and, as another user at most, what everybody may read without them."""
-    here = str(ROOT / "course" / "grade.py")
+    here = str(ROOT / "course" / "grading" / "grade.py")
     source = f"import os\nseen = os.path.exists({here!r})\nnetwork = len(os.listdir('/sys/class/net')) if os.path.isdir('/sys/class/net') else 0"
     assert opened(source, "seen", "network") == {"seen": False, "network": 0}
     assert opened(source, "seen", "network", namespaces=False)["network"] > 0
@@ -698,7 +725,8 @@ def test_a_course_in_tmp_has_its_package(tmp_path) -> None:
     shutil.copytree(ROOT / "course", tmp_path / "course", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "minimind").mkdir()
     (tmp_path / "minimind" / "__init__.py").write_text("here = 5")
-    code = "from course.sandbox import *; s = Server.start(); b = Sandbox(s, [{'name': 'a', 'source': 'from minimind import here', 'answer': True, " \
+    code = "from course.grading.sandbox import *\ns = Server.start()\n" \
+           "b = Sandbox(s, [{'name': 'a', 'source': 'from minimind import here', 'answer': True, " \
            "'names': ['here']}], Limits()); print(b.open()); b.close(); s.stop()"  # fmt: skip
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(tmp_path), capture_output=True, text=True, timeout=300)
     assert "{'here': 5}" in done.stdout, done.stderr

@@ -1,6 +1,6 @@
 """Objects that change: which there are in the arguments of a call, what can change in each, and how a change is told and made.
 
-Both sides list the objects in the same order, so that a number names one. Used by course/sandbox.py and course/sandbox_worker.py.
+Both sides list the objects in the same order, so that a number names one. Used by course/grading/sandbox.py and course/grading/worker.py.
 """
 
 from __future__ import annotations

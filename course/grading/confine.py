@@ -5,9 +5,9 @@ Two ways, the first that the system allows:
   devices, and where the grader is root another user beside;
 - limits only: rlimits, and another user where the grader is root. Files that everybody may read are then within reach.
 
-On both ways a filter of system calls (course/syscalls.py) closes the network and what holds memory without showing it.
+On both ways a filter of system calls (course/grading/syscalls.py) closes the network and what holds memory without showing it.
 
-Memory. RLIMIT_AS bounds one process, and an answer may have several. Their sum is held by the keeper (course/sandbox_worker.py), which looks every
+Memory. RLIMIT_AS bounds one process, and an answer may have several. Their sum is held by the keeper (course/grading/worker.py), which looks every
 LOOK seconds and ends all of them above the limit, and by a control group where the system lets us make one. What can be taken between two looks is
 what CORES processors can fill in that time: they write about 5 GB a second each, so about 0.2 GB at the usual delay, and never more than `processes`
 times RLIMIT_AS. Not counted: files in /tmp and /dev/shm (`folder_bytes` each), and buffers of sockets and pipes (at most 0.5 GB at 16 processes of
@@ -276,9 +276,9 @@ def protection() -> str:
     """In words, which protection this machine has for running the answers of students; tried in a process of its own."""
     if not hasattr(os, "fork"):
         return "none: grading needs Linux or macOS (on Windows: WSL)"
-    code = "from course.confine import enter_namespaces; from course.syscalls import install; print(enter_namespaces(), install())"
+    code = "from course.grading.confine import enter_namespaces; from course.grading.syscalls import install; print(enter_namespaces(), install())"
     command = [sys.executable, "-c", code]
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     try:
         done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=30)
         way, _, filtered = done.stdout.strip("\n").partition(" ")

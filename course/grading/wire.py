@@ -219,7 +219,7 @@ class Decoder:
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
             if isinstance(error, WireError):
                 raise
-            raise WireError(f"a value that cannot be rebuilt ({error.__class__.__name__})") from None
+            raise WireError(f"a value that cannot be rebuilt ({error.__class__.__name__}: {str(error)[:200]})") from None
 
     def compound(self, code: list, again: Callable) -> object:
         import torch

@@ -3,7 +3,7 @@
 `Sandbox.open(...)` runs cells in a confined process and gives, for every name that they define, plain data or a stand-in (`Remote`): calling it
 sends the arguments over, and what comes back is data. The check and its verdict stay in this process, where no answer ever runs.
 
-    python -m course.sandbox      says which protection is on
+    python -m course.grading.sandbox      says which protection is on
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ import numpy
 import torch
 from torch import nn
 
-from course import objects
-from course.confine import Limits
-from course.wire import Channel, Closed, Decoder, Encoder, TooLate, WireError
+from course.grading import objects
+from course.grading.confine import Limits
+from course.grading.wire import Channel, Closed, Decoder, Encoder, TooLate, WireError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SERVER = "MINIMIND_SANDBOX"  # names the socket of a server that is already there
 BY_NAME = ("torch", "numpy", "minimind", "math", "builtins", "collections", "random", "types", "pathlib", "datetime", "decimal", "fractions",
            "functools", "itertools", "operator", "string", "tokenizers", "tiktoken")  # fmt: skip
@@ -83,7 +83,7 @@ class Server:
         environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
                        "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8", "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1",
                        "HOME": os.path.expanduser("~")}  # fmt: skip  (matplotlib keeps what it knows about fonts there)
-        code = f"{first}\nimport sys\nfrom course.sandbox_worker import main\nmain(sys.argv[1])"
+        code = f"{first}\nimport sys\nfrom course.grading.worker import main\nmain(sys.argv[1])"
         process = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, cwd=folder, env=environment, start_new_session=True)
         deadline = time.monotonic() + 300  # a cold disk and a busy machine
         while not os.path.exists(path):
@@ -824,13 +824,15 @@ def _mirror(sandbox: Sandbox, decoder: Decoder, handle: int, told: dict) -> Mirr
         tensors[name] = tensor
         if not isinstance(tensor, torch.Tensor):
             raise WireError("no tensor")
+        if kind == "passing":  # a buffer that stands in no state_dict
+            modules[owner]._non_persistent_buffers_set.add(last)
         (modules[owner]._parameters if kind == "parameter" else modules[owner]._buffers)[last] = tensor
     return modules[""]
 
 
 def protection() -> dict:
     """Which protection this machine allows, measured by trying it."""
-    here, port = str(ROOT / "course" / "sandbox.py"), _listening()
+    here, port = str(ROOT / "course" / "grading" / "sandbox.py"), _listening()
     probe = f"""
 import os, socket
 def look():

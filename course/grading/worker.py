@@ -1,10 +1,10 @@
 """The side of the answers: a server that has loaded torch once and forks a confined process for each exercise.
 
-    python -m course.sandbox_worker SOCKET
+    python -m course.grading.worker SOCKET
 
-The server itself never runs an answer. For each connection it forks a keeper, which forks the process that is shut in (course/confine.py) and
+The server itself never runs an answer. For each connection it forks a keeper, which forks the process that is shut in (course/grading/confine.py) and
 watches its memory; the keeper says on the connection how that process ended. The answer's process talks to the grader over a socket of its own
-and can send nothing but values (course/wire.py): whether a value is right is decided elsewhere.
+and can send nothing but values (course/grading/wire.py): whether a value is right is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ import traceback
 import types
 from pathlib import Path
 
-from course import confine, objects, syscalls
-from course.meter import Meter
-from course.wire import Channel, Closed, Decoder, Encoder, WireError
+from course.grading import confine, objects, syscalls
+from course.grading.meter import Meter
+from course.grading.wire import Channel, Closed, Decoder, Encoder, WireError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = 4000  # characters of a message or a traceback that are kept
 IMPORTABLE = ("torch", "numpy", "minimind", "math", "builtins", "collections", "tokenizers")
 
@@ -242,13 +242,16 @@ class Worker:
     def state(self, encoder, module) -> list:
         """Every parameter and buffer by name; an alias (tied weights) names the first of its kind."""
         seen, rows = {}, []
+        passing = {f"{name}.{last}".lstrip(".") for name, each in module.named_modules() for last in each._non_persistent_buffers_set}
         for kind, pairs in (("parameter", module.named_parameters(remove_duplicate=False)), ("buffer", module.named_buffers(remove_duplicate=False))):
             for name, tensor in pairs:
+                kind = "passing" if name in passing else kind
                 if id(tensor) in seen:
                     rows.append([kind, name, seen[id(tensor)], None, False])
                 else:
                     seen[id(tensor)] = name
                     rows.append([kind, name, None, ["tensor", *encoder.tensor(tensor)], bool(tensor.requires_grad)])
+                kind = "buffer" if kind == "passing" else kind
         return rows
 
     def reply(self, message: dict, value: object, arguments=None) -> None:
@@ -290,7 +293,7 @@ class Worker:
         kind = code[0]
         if kind == "leaf":  # a tensor argument: remembered, so that gradients and changes in place find the way back
             tensor = decoder(code[2])
-            if code[1]:
+            if code[1] and not tensor.is_inference():
                 tensor.requires_grad_()
             arguments.add(tensor)
             return tensor
@@ -471,7 +474,7 @@ class Arguments:
     def add(self, tensor) -> None:
         """Remember a tensor: its numbers, its gradient and whether it learns may change."""
         grad = tensor.grad if tensor.is_leaf else None
-        self.tensors.append((tensor, tensor._version, grad, grad._version if grad is not None else 0, tensor.requires_grad))
+        self.tensors.append((tensor, version(tensor), grad, version(grad), tensor.requires_grad))
 
     def look(self, given) -> None:
         """Remember the other objects that may change."""
@@ -503,11 +506,11 @@ class Arguments:
     def changes(self, encoder, in_place: bool) -> dict:
         """What is to be told: without `in_place` what changed, but for buffers not how."""
         told = {"tensors": [], "grads": [], "trained": [], "objects": [], "generators": []}
-        for index, (tensor, version, grad, grad_version, trained) in enumerate(self.tensors):
-            if tensor._version != version:
+        for index, (tensor, before, grad, grad_before, trained) in enumerate(self.tensors):
+            if version(tensor) != before:
                 told["tensors"].append([index, ["tensor", *encoder.tensor(tensor)]])
             now = tensor.grad if in_place and tensor.is_leaf else None
-            if in_place and (now is not grad or (now is not None and now._version != grad_version)):
+            if in_place and (now is not grad or version(now) != grad_before):
                 told["grads"].append([index, None if now is None else ["tensor", *encoder.tensor(now)]])
             if in_place and tensor.is_leaf and tensor.requires_grad != trained:
                 told["trained"].append([index, tensor.requires_grad])
@@ -525,6 +528,11 @@ class Arguments:
         finally:
             if known:
                 encoder.known[id(each)] = known
+
+
+def version(tensor) -> int:
+    """How often a tensor was written to; tensors made under inference_mode do not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def remember(kept: dict, tensor):

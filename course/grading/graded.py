@@ -1,6 +1,6 @@
 """The notebook that is graded: a fresh master with the answers in it, and what its kernel needs to run it.
 
-The cells keep their order. An answer stands in a cell that starts with `%%answer NAME`: it runs in a confined process (course/sandbox.py) and the
+The cells keep their order. An answer stands in a cell that starts with `%%answer NAME`: it runs in a confined process (sandbox.py) and the
 kernel gets stand-ins for what it defines. Checks and hidden tests run in the kernel, where no answer ever runs. `%%shared` cells run in both.
 """
 
@@ -15,7 +15,7 @@ import secrets
 import textwrap
 from pathlib import Path
 
-from course.submission import Master, Submission, defined, needed_helpers, used
+from course.grading.submission import Master, Submission, defined, needed_helpers, used
 
 NBVAL = re.compile(r"(?m)^(\s*#+\s*)(NBVAL_|PYTEST_VALIDATE_)")  # a comment that would tell nbval to skip a cell
 
@@ -40,7 +40,7 @@ def build(master: Master, submission: Submission, hidden: dict[str, list[dict]],
         cells.append({"cell_type": "code", "id": identity, "metadata": {"grade": told}, "source": source, "outputs": [], "execution_count": None})
 
     begin = json.dumps({"module": module, "exercises": facts, "limits": limits, "namespaces": namespaces})
-    add(f"from course.graded import begin\n\nbegin({begin!r})", "begin")
+    add(f"from course.grading.graded import begin\n\nbegin({begin!r})", "begin")
     canaries = set(random.SystemRandom().sample(sorted(master.exercises), min(2, len(master.exercises))))
     add(_plain_canary(), "canary")
     for index, cell in enumerate(master.cells):
@@ -132,8 +132,8 @@ class Answers:
     """What the magics of a graded notebook share: the sandboxes, the answers so far, and which exercises are right."""
 
     def __init__(self, shell, module: str, exercises: dict, limits: dict, namespaces: bool) -> None:
-        from course.confine import Limits
-        from course.sandbox import Server
+        from course.grading.confine import Limits
+        from course.grading.sandbox import Server
 
         self.shell, self.module, self.exercises, self.namespaces = shell, module, exercises, namespaces
         self.limits, self.server = Limits(**limits), Server.find()
@@ -151,7 +151,7 @@ class Answers:
 
     def answer(self, line: str, source: str) -> None:
         """%%answer NAME: run an answer apart, and put stand-ins for what it defines into this notebook."""
-        from course.sandbox import AnswerFailed, NotDefined, Sandbox
+        from course.grading.sandbox import AnswerFailed, NotDefined, Sandbox
 
         name = line.strip()
         names, space = self.exercises[name]["names"], self.shell.user_ns
