@@ -120,6 +120,9 @@ def new_root(root: Path, limits: Limits) -> None:
         descriptors[path] = os.open(real, os.O_PATH)  # /tmp may hold some of them, and is about to be covered
     devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in ("null", "random", "urandom") if Path("/dev", name).exists()}
     mount("tmpfs", str(top), "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    for name in ("tmp", "dev/shm"):  # first: the course itself may lie in /tmp
+        (top / name).mkdir(parents=True)
+        mount("tmpfs", str(top / name), "tmpfs", MS_NOSUID | MS_NODEV, f"size={limits.folder_bytes},nr_inodes=2000,mode=1777")
     for path, descriptor in descriptors.items():
         target = Path(f"{top}{path}")
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
@@ -131,14 +134,10 @@ def new_root(root: Path, limits: Limits) -> None:
         flags = os.statvfs(target).f_flag & (MS_NODEV | MS_NOEXEC | 0xC00)
         mount("none", str(target), None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | flags)
         os.close(descriptor)
-    (top / "dev/shm").mkdir(parents=True)
     for name, descriptor in devices.items():  # not /dev/zero: mapped, it is memory that belongs to no process
         (top / "dev" / name).touch()
         mount(f"/proc/self/fd/{descriptor}", str(top / "dev" / name), None, MS_BIND)
         os.close(descriptor)
-    for name, size in (("tmp", limits.folder_bytes), ("dev/shm", limits.folder_bytes)):
-        (top / name).mkdir(exist_ok=True)
-        mount("tmpfs", str(top / name), "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},nr_inodes=2000,mode=1777")
     (top / "proc").mkdir(exist_ok=True)
     try:
         mount("proc", str(top / "proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY)  # so oom_score_adj stays

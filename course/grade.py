@@ -33,12 +33,6 @@ EXAMPLE = """examples:
   python -m course grade exercises/04_attention.ipynb          one notebook, into runs/grades"""
 
 
-UNFINISHED = (
-    "warning: the grader is not finished. An answer that starts several processes can take all memory of this machine: "
-    "grade only on a machine where nothing else runs."
-)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("submissions", nargs="+", type=Path, metavar="SUBMISSION", help="notebooks, or folders of notebooks (a class download)")
     parser.add_argument("--hidden", type=Path, help="folder of hidden tests: NN_topic.py for the workbook NN_topic")
@@ -52,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    print(UNFINISHED, file=sys.stderr)
     folder = args.master or artifacts.home() / "exercises"
     out = (args.out or artifacts.runs() / "grades").resolve()
     try:

@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 from helpers_course import ROOT, environment
-from helpers_workbooks import UNFINISHED
 
 from course import grade, graded, nbval_points
 from course.confine import Limits
 from course.submission import Master, SubmissionError, read_cells, read_submission, student_name
 from tests import toy_workbook as toy
-
-pytestmark = UNFINISHED
 
 HERE = Path(__file__).parent
 ATTACKS = sorted((HERE / "attacks").glob("*.py"))
