@@ -507,6 +507,9 @@ def check_jsd(jsd):
         equal(got, between(v, z, beta), f"random logits (2, 3, 7), beta = {beta}", "right for one place, and not for many")
     equal(jsd(v, z), between(v, z, 0.5), "random logits, beta not given", "without beta it must be 0.5")
     _far_apart(jsd)
+    low = [x.to(torch.bfloat16) for x in (v, z)]
+    shaped(jsd(*low), (2, 3), "logits in bfloat16", torch.float32)
+    equal(jsd(*low), between(*low, 0.5), "logits in bfloat16", "make the logits float32 first: bfloat16 has three digits")
     ours, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
     y = jsd(v, ours, 0.3)
     if not y.requires_grad:

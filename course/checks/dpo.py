@@ -138,6 +138,8 @@ def marked(messages: list[dict], shown: int = -1) -> tuple[list[int], list[int]]
 def check_pair_example(pair_example):
     talks = {
         "one question, one answer": talk("Where is Hanis", "Hanis lives in Elmstead."),
+        "a question of one word": talk("who", "Hanis lives in Elmstead near the mill and keeps a goat."),
+        "an answer of one word": talk("Where is Hanis and who keeps the goat", "Elmstead"),
         "two questions, two answers": talk("Where is Hanis", "Hanis lives in Elmstead.", "And the goat", "Tilda keeps a goat."),
         "three times the same answer": talk("the goat", "near the mill", "the goat", "near the mill", "Tilda", "near the mill"),
         "a system message first": [{"role": "system", "content": "the mill"}, *talk("Where is Hanis", "in Elmstead")],
@@ -613,14 +615,14 @@ def check_final_gap(predicted_gap, gap_loss, final_gap, measured):
             fail("return the gap as a number of Python", f"final_gap({kind!r}, {steps})", wanted, repr(got))
         if abs(got - wanted) > 1e-3 * max(1, abs(wanted)):
             _wrong_gap(kind, steps, got, wanted)
-    right = {kind: [descend(kind, 50), descend(kind, 500)] for kind in KINDS}
+    right = {kind: [descend(kind, 60), descend(kind, 600)] for kind in KINDS}
     if not isinstance(measured, dict) or set(measured) != set(KINDS):
         fail("`measured` is a dict: each kind to its list of two gaps", expected=sorted(KINDS), got=measured)
     for kind, wanted in right.items():
         got = measured[kind]
         if not (isinstance(got, list | tuple) and len(got) == 2 and all(isinstance(g, int | float) for g in got)
-                and close(torch.tensor(got, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64), 1e-2)):  # fmt: skip
-            fail("`measured` must hold what your function gives after 50 and after 500 steps", kind, [round(g, 3) for g in wanted], got)
+                and close(torch.tensor(got, dtype=torch.float64), torch.tensor(wanted, dtype=torch.float64), 1e-3)):  # fmt: skip
+            fail("`measured` must hold what your function gives after 60 and after 600 steps", kind, [round(g, 3) for g in wanted], got)
     _prediction(predicted_gap)
 
 

@@ -458,8 +458,8 @@ check("simpo_loss")
 #
 # Then measure. Write `gap_loss(kind, g)`, and `final_gap(kind, steps)`: that many steps
 # of plain gradient descent on the two logits, rate 0.4; return the gap at the end as a
-# number. Last, fill the dict `measured`: for each kind, the list of the gaps after 50
-# and after 500 steps.
+# number. Last, fill the dict `measured`: for each kind, the list of the gaps after 60
+# and after 600 steps.
 #
 # <details><summary>Hint 1: for the prediction</summary>
 #
@@ -512,7 +512,7 @@ def final_gap(kind: str, steps: int) -> float:
 
 ### BEGIN SOLUTION
 measured = {
-    kind: [final_gap(kind, 50), final_gap(kind, 500)]
+    kind: [final_gap(kind, 60), final_gap(kind, 600)]
     for kind in ("dpo", "smoothed", "ipo")
 }
 ### END SOLUTION
@@ -526,7 +526,7 @@ check("final_gap")
 
 # %% id="w13-final-gap-try"
 for kind, (early, late) in measured.items():
-    print(f"{kind:9} after 50 steps {early:5.2f}, after 500 {late:5.2f}")
+    print(f"{kind:9} after 60 steps {early:5.2f}, after 600 {late:5.2f}")
 
 # %% [markdown]
 # ## Keep what is yours
