@@ -196,7 +196,8 @@ class Encoder:
         value = value.detach().resolve_conj().resolve_neg()
         order = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))  # keeps a transposed tensor transposed
         dense = value.permute(order).contiguous()
-        data = dense.flatten().view(torch.uint8).numpy().tobytes() if dense.numel() else b""
+        flat = dense.flatten().as_strided((dense.numel(),), (1,))  # one number may come with any stride
+        data = flat.view(torch.uint8).numpy().tobytes() if dense.numel() else b""
         return [str(value.dtype).removeprefix("torch."), list(value.shape), order, self.buffer(data)]
 
 
