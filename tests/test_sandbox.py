@@ -120,7 +120,8 @@ def test_values_come_back_as_they_are(opened) -> None:
     values = [
         None, True, 3, 2**100, -0.5, float("inf"), 1 + 2j, "é\n", b"\x00", [1, [2]], (1,), {1: "a", "b": [None]}, {3}, slice(1, None), range(3), ...,
         torch.float16, torch.Size([2]), torch.arange(6).reshape(2, 3).T, torch.zeros(0, 3), torch.tensor([True]), torch.tensor(1 + 1j),
-        torch.randn(2, dtype=torch.bfloat16), torch.arange(4)[::2], torch.arange(2)[::2], numpy.arange(3.0), numpy.float32(2.5), torch.zeros(2).expand(3, 2),
+        torch.randn(2, dtype=torch.bfloat16), torch.arange(4)[::2], torch.arange(2)[::2], torch.zeros(2).expand(3, 2), numpy.arange(3.0),
+        numpy.float32(2.5),
     ]  # fmt: skip
     back, named = same(*values, key=[torch.ones(1)])
     for value, got in zip(values, back, strict=True):
