@@ -110,7 +110,8 @@ def test_the_workbooks_themselves(tmp_path: Path) -> None:
         half = [{name: book.solved[name] for name in book.subset(rng)} for _ in range(2)]
         ending = {**book.solved, first: "import os\nos._exit(0)"}
         last = others[-1]
-        cases = {"solved": (solved, list(book.points)), "last alone": (book.filled({last: book.solved[last]}), [last]), "empty": (book.empty, []), "first wrong": (book.filled(ending), others),
+        cases = {"solved": (solved, list(book.points)), "last alone": (book.filled({last: book.solved[last]}), [last]),
+                 "empty": (book.empty, []), "first wrong": (book.filled(ending), others),
                  **{f"half {n}": (book.filled(answers), list(answers)) for n, answers in enumerate(half)}}  # fmt: skip
         for case, (made, right) in cases.items():
             toy.write(tmp_path / "in" / case / path.name, made)
