@@ -19,6 +19,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import signal
 import stat
 import subprocess
 import sys
@@ -177,8 +178,14 @@ def drop_rights(number: int) -> bool:
     return changed
 
 
+def end_with_parent() -> None:
+    """End when the process that started this one ends, even if it is killed."""
+    if sys.platform.startswith("linux"):
+        prctl(SET_PDEATHSIG, signal.SIGKILL)
+
+
 def first_to_go() -> None:
-    """Let the kernel end this process and its children first when memory runs out; with more right to the processor for nobody."""
+    """Let the kernel end this process and its children first when memory runs out, and give them few processors to fill it with."""
     try:
         Path("/proc/self/oom_score_adj").write_text("1000")
     except OSError:

@@ -39,7 +39,7 @@ def build(master: Master, submission: Submission, hidden: dict[str, list[dict]],
         plan.append({"id": identity, **told})
         cells.append({"cell_type": "code", "id": identity, "metadata": {"grade": told}, "source": source, "outputs": [], "execution_count": None})
 
-    begin = json.dumps({"module": module, "exercises": facts, "limits": limits, "namespaces": namespaces})
+    begin = json.dumps({"workbook": master.name, "module": module, "exercises": facts, "limits": limits, "namespaces": namespaces})
     add(f"from course.grading.graded import begin\n\nbegin({begin!r})", "begin")
     canaries = set(random.SystemRandom().sample(sorted(master.exercises), min(2, len(master.exercises))))
     add(_plain_canary(), "canary")
@@ -131,10 +131,11 @@ def read_hidden(folder: Path | None, master: Master) -> dict[str, list[dict]]:
 class Answers:
     """What the magics of a graded notebook share: the sandboxes, the answers so far, and which exercises are right."""
 
-    def __init__(self, shell, module: str, exercises: dict, limits: dict, namespaces: bool) -> None:
+    def __init__(self, shell, workbook: str, module: str, exercises: dict, limits: dict, namespaces: bool) -> None:
         from course.grading.confine import Limits
         from course.grading.sandbox import Server
 
+        self.workbook = workbook
         self.shell, self.module, self.exercises, self.namespaces = shell, module, exercises, namespaces
         self.limits, self.server = Limits(**limits), Server.find()
         self.shared: list[str] = []
@@ -159,9 +160,9 @@ class Answers:
             space[each] = NotDefined(each)
         self.sources[name] = source
         self.failed.add(name)  # until its check passes
-        before, give = self.needed(name, source)
+        before, give, own = self.needed(name, source)
         cells = [{"name": "workbook", "source": text, "answer": False, "names": []} for text in self.shared]
-        cells += [{"name": other, "source": self.sources[other], "answer": False, "names": [], "spare": list(give)} for other in before]
+        cells += [{"name": other, "source": text, "answer": False, "names": [], "spare": list(give)} for other, text in before.items()]
         cells.append({"name": name, "source": source, "answer": True, "names": names})
         hide = {self.module: names} if self.module else {}
         box = Sandbox(self.server, cells, self.limits, hide=hide, namespaces=self.namespaces, in_place=self.exercises[name]["in_place"], give=give)
@@ -172,25 +173,42 @@ class Answers:
         if type(found) is not dict:
             raise AnswerFailed("the answer sent no definitions")
         space.update({each: found[each] for each in names if each in found})
-        for other in give:
+        for other in [*give, *own]:
             print(f"with the course's own {other}")
 
-    def needed(self, name: str, source: str) -> tuple[list[str], dict[str, str]]:
-        """The answers that this one builds on; of those that are not right, the names that the course's own package gives instead."""
-        wanted, todo, give = set(), [source], {}
-        own = set(defined(source)).union(*(defined(text) for text in self.shared))  # an answer that redefines torch spoils only itself
+    def needed(self, name: str, source: str) -> tuple[dict[str, str], dict[str, str], list[str]]:
+        """The answers that this one builds on, by exercise; in the place of those that are not right stands what the course has.
+
+        That is names of its package (the second value, with their modules), or, for what goes beyond it, its solution (the names are the third).
+        """
+        wanted, todo, give, own = {}, [source], {}, []
+        mine = set(defined(source)).union(*(defined(text) for text in self.shared))  # an answer that redefines torch spoils only itself
         while todo:
             for each in used(todo.pop()):
                 for other, text in self.sources.items():
-                    if other == name or other in wanted or each not in {*defined(text), *self.exercises[other]["names"]} or each in own:
+                    if other == name or other in wanted or each not in {*defined(text), *self.exercises[other]["names"]} or each in mine:
                         continue
-                    wanted.add(other)
                     if other in self.failed and (names := self.of_the_course(other)):
                         give.update(names)
-                    else:
-                        todo.append(text)
-        before = [o for o in self.sources if o in wanted - self.broken and not set(self.exercises[o]["names"]) & set(give)]
-        return before, give
+                        wanted[other] = ""
+                        continue
+                    if other in self.failed and (solved := self.solution(other)):
+                        own += self.exercises[other]["names"]
+                        text = solved
+                    elif other in self.broken:
+                        text = ""
+                    wanted[other] = text
+                    todo.append(text)
+        return {other: wanted[other] for other in self.sources if wanted.get(other)}, give, own
+
+    def solution(self, exercise: str) -> str:
+        """The course's own answer to an exercise; nothing in a copy without solutions."""
+        from course import workbook
+
+        try:
+            return workbook.load(self.workbook).solution(exercise)
+        except (OSError, ValueError, KeyError, StopIteration, workbook.BuildError):
+            return ""
 
     def of_the_course(self, exercise: str) -> dict[str, str]:
         """The names of an exercise that the course's own module has."""

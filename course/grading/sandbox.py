@@ -837,7 +837,7 @@ def protection() -> dict:
 import os, socket
 def look():
     processes = len([p for p in os.listdir("/proc") if p.isdigit()])
-    seen = {{"files": os.path.exists({here!r}), "network": True, "user": os.getuid(), "processes": processes}}
+    seen = {{"files": os.path.exists({here!r}), "network": True, "processes": processes}}
     try:
         socket.create_connection(("127.0.0.1", {port}), 1).close()
     except OSError:
@@ -852,7 +852,7 @@ def look():
     finally:
         server.stop()
     return {"way": sandbox.protection, "course hidden": not seen["files"], "network off": not seen["network"], "processes seen": seen["processes"],
-            "another user": seen["user"] != os.getuid()}  # fmt: skip
+            "another user": "another user" in sandbox.protection}  # fmt: skip
 
 
 _listener: socket.socket | None = None
