@@ -9,6 +9,7 @@ import ast
 import builtins
 import importlib
 import importlib.util
+import inspect
 import linecache
 import os
 import shutil
@@ -153,7 +154,8 @@ def module_text(desk, names: list[str]) -> str:
 
 
 def source_of(value: object, name: str) -> str:
-    """The text of a function or class, from the cell that defined it."""
+    """The text of a function or class, from the cell that defined it; a decorator such as no_grad may wrap it."""
+    value = inspect.unwrap(value) if isinstance(value, FunctionType) else value
     function = value if isinstance(value, FunctionType) else next((f for f in vars(value).values() if isinstance(f, FunctionType)), None) \
         if isinstance(value, type) else None  # fmt: skip
     file = function.__code__.co_filename if function else ""

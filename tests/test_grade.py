@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 from helpers_course import ROOT, environment
-from helpers_workbooks import UNFINISHED
 
-from course import grade, graded, nbval_points
-from course.confine import Limits
-from course.submission import Master, SubmissionError, read_cells, read_submission, student_name
+from course.grading import grade, graded, nbval_points
+from course.grading.confine import Limits
+from course.grading.submission import Master, SubmissionError, read_cells, read_submission, student_name
 from tests import toy_workbook as toy
-
-pytestmark = UNFINISHED
 
 HERE = Path(__file__).parent
 ATTACKS = sorted((HERE / "attacks").glob("*.py"))
@@ -160,7 +157,7 @@ def test_by_hand(tmp_path: Path) -> None:
     made = graded.build(master, submission, {}, "", QUICK.plain())
     path = tmp_path / "graded.ipynb"
     path.write_text(json.dumps(made["notebook"]))
-    options = ["-p", "course.nbval_points", "--nbval-lax", "--nbval-current-env", "--junitxml", str(tmp_path / "r.xml")]
+    options = ["-p", "course.grading.nbval_points", "--nbval-lax", "--nbval-current-env", "--junitxml", str(tmp_path / "r.xml")]
     command = [sys.executable, "-m", "pytest", *options, str(path)]
     done = subprocess.run(command, env=environment(ROOT), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert "1 of 10" in done.stdout, done.stdout + done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,18 @@ def test_size_and_shape_of_a_workbook(name):
     assert {exercise.kind for exercise in exercises} == {"rebuild", "beyond"}
     for exercise in exercises:
         assert "<details>" in exercise.text.source, f"{exercise.name} has no hint"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if (ROOT / "chapters" / "src" / f"{name}.py").exists()])
+def test_the_chapter_points_to_each_exercise(name):
+    """Once, with the number, minutes and stars of the workbook."""
+    text = (ROOT / "chapters" / "src" / f"{name}.py").read_text(encoding="utf-8")
+    found = re.findall(r"^# \*\*Exercise (\d+)\.(\d+) \((\d+) min, (★+)\): `(\w+)`\*\* in \[workbook (\d+)\]\((\S+)\)\.", text, re.MULTILINE)
+    chapter = str(int(name[:2]))
+    expected = [(chapter, str(number), str(e.minutes), "★" * e.difficulty, e.name, chapter, f"../exercises/{name}.ipynb")
+                for number, e in enumerate(book(name).exercises, 1)]  # fmt: skip
+    assert sorted(found) == sorted(expected)
+    assert len(re.findall(r"^# \*\*Exercise \d", text, re.MULTILINE)) == len(found), "an exercise in the chapter that no workbook has"
 
 
 def test_an_exercise_that_is_missing_below_is_named():

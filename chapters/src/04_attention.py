@@ -148,8 +148,7 @@ show(fig, "Scores (left) become shares (right): the softmax gives the best fitti
           "key, at position 1, most of the attention.")
 
 # %% [markdown]
-# **Exercise 4.1 (10 min, ★).** Change `q` so that the row looks for a name. Predict the three largest shares before you run it. Which
-# `q` gives every position the same share?
+# **Try it.** Change `q` so that the row looks for a name. Predict the three largest shares before you run it. Which `q` gives every position the same share?
 #
 # ### Why divide by the root of D?
 #
@@ -275,8 +274,9 @@ show(fig, "Shares from white (0) to black (1): without a mask every row looks "
           "six look back at all before them.")
 
 # %% [markdown]
-# **Exercise 4.2 (10 min, ★★).** Write `sliding_mask(T, window)`: each position sees itself and the `window - 1` before it. For which
-# `window` is it `causal_mask(T)`?
+# **Exercise 4.1 (5 min, ★): `causal_mask`** in [workbook 4](../exercises/04_attention.ipynb). Write it without looking; the check tries lengths with a cache, too.
+#
+# **Exercise 4.8 (10 min, ★★): `sliding_mask`** in [workbook 4](../exercises/04_attention.ipynb). Let each position see itself and the few before it. For which window is that the causal mask?
 #
 # ## 4.5 Heads
 #
@@ -421,8 +421,13 @@ show(fig, "Sharing each key/value head among four query heads (K = 8) cuts the c
           "of a conversation to a quarter.")
 
 # %% [markdown]
-# **Exercise 4.3 (10 min, ★).** How many weights does grouping save in one layer with `hidden_size` 512, 8 heads of width 64 and 2
-# key/value heads? Answer on paper, then count with the class of the next section.
+# **Exercise 4.2 (5 min, ★): `repeat_kv`** in [workbook 4](../exercises/04_attention.ipynb). Which of torch's two ways to repeat keeps each head beside its copy?
+#
+# **Exercise 4.3 (15 min, ★★): `attention_weights`** in [workbook 4](../exercises/04_attention.ipynb). Shares with two masks, either or both; the check compares with torch's kernel.
+#
+# **Exercise 4.4 (5 min, ★): `attention`** in [workbook 4](../exercises/04_attention.ipynb). Mix the values by your shares.
+#
+# **Exercise 4.5 (20 min, ★★★): `grouped_attention`** in [workbook 4](../exercises/04_attention.ipynb). The same without a repeated key; the check looks at what autograd keeps.
 #
 # ## 4.7 The layer
 #
@@ -555,8 +560,9 @@ wrong_layer = WrongSplit(64, num_attention_heads=4, num_key_value_heads=2, head_
 assert wrong_layer(x).shape == layer(x).shape and leaks(wrong_layer, x)
 
 # %% [markdown]
-# **Exercise 4.4 (15 min, ★★).** Write the causality test with gradients instead: the derivative of output $t$ with respect to inputs
-# after $t$ must be zero. Test both versions on a layer that leaks only from position 3 to position 2: which finds it?
+# **Exercise 4.6 (20 min, ★★): `Attention`** in [workbook 4](../exercises/04_attention.ipynb). Write `forward`, with a cache and without, so that it passes this test.
+#
+# **Exercise 4.7 (10 min, ★★): `multi_head`** in [workbook 4](../exercises/04_attention.ipynb). A colleague's version has two bugs, and one of them leaks. The test above finds it.
 #
 # ## 4.8 The fused kernel
 #
@@ -753,8 +759,7 @@ show(fig, "Above the line two matrix products are faster than the fused kernel: 
 # The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `MATRICES_UP_TO`
 # positions, and pays with memory: it keeps one table of shares per head (chapter 7 counts it).
 #
-# **Exercise 4.5 (20 min, ★★★).** Write `attention_blocks(q, k, v, block)` that loops over blocks of keys and keeps a running maximum and
-# a running sum, so that no $T \times S$ table exists. Check it against `attention`.
+# **Try it.** Write `attention_blocks(q, k, v, block)`, which loops over blocks of keys and keeps a running maximum and a running sum, so that no $T \times S$ table exists.
 #
 # ## 4.9 A model that copies
 #
@@ -938,11 +943,9 @@ except ImportError:
     print("pip install ipywidgets shows two sliders here")
 
 # %% [markdown]
-# **Exercise 4.6 (15 min, ★★).** Switch off one head: set its columns of `o_proj.weight` to zero, one head at a time, and draw the share
-# copied. Which heads matter? Is it the ones with the high scores above?
+# **Try it.** Switch off one head at a time (set its columns of `o_proj.weight` to zero) and draw the share copied. Is it the heads with the high scores that matter?
 #
-# **Exercise 4.7 (20 min, ★★).** After chapter 9, draw the maps of the real model on "Garus lives in Foxhollow. Where does Garus live?" and search
-# for its induction head.
+# **Exercise 4.9 (15 min, ★★): `alibi_bias`** in [workbook 4](../exercises/04_attention.ipynb). Order without position vectors: a penalty that grows with the distance (Press et al. 2021).
 #
 # ## 4.11 What leaks without the mask
 #
@@ -1029,8 +1032,7 @@ print("keys seen by the first new query: torch", (by_torch > 0).sum().item(), "o
 assert (by_torch > 0).sum() == 1 and (by_us > 0).sum() == 5
 
 # %% [markdown]
-# **Exercise 4.8 (10 min, ★★).** A colleague sets forbidden scores to 0 instead of minus infinity. Which property of the shares still holds, and
-# which test of this chapter fails?
+# **Exercise 4.10 (20 min, ★★★): `reach`** in [workbook 4](../exercises/04_attention.ipynb). Predict how far back four layers with a window of 8 can look, then measure it with gradients.
 #
 # **Order is invisible.** One thing attention cannot do at all. Without a mask and without the table of places, shuffle the words: each
 # word gets the same output as before. To attention, a text is a bag.
@@ -1055,7 +1057,7 @@ assert torch.allclose(layer(x, attention_mask=full)[:, shuffle],
 #
 # **Words:** query, key, value, score, share of attention, head, causal mask, grouped queries, fused kernel, induction head.
 #
-# **Exercises:** 4.1 to 4.8, in place above.
+# **Exercises:** 4.1 to 4.10, in place above, with checks in [workbook 4](../exercises/04_attention.ipynb).
 #
 # **Sources:** Vaswani et al. 2017, *Attention Is All You Need* (arXiv:1706.03762); Shazeer 2019, *Fast Transformer Decoding* (arXiv:1911.02150);
 # Dao et al. 2022, *FlashAttention* (arXiv:2205.14135); Ainslie et al. 2023, *GQA* (arXiv:2305.13245); Elhage et al. 2021, *A Mathematical Framework for

@@ -206,8 +206,7 @@ assert all((grid.diagonal(d) - grid.diagonal(d)[0]).abs().max() < 1e-5
            for d in range(-15, 16))
 
 # %% [markdown]
-# **Exercise 5.1 (10 min, ★).** Queries and keys are turned, values are not. What would happen to the output of attention if values were turned too? Predict, then try
-# it with one head.
+# **Try it.** Queries and keys are turned, values are not. What would happen to the output of attention if values were turned too? Predict, then try.
 #
 # ## 5.4 Many pairs, many speeds
 #
@@ -369,8 +368,15 @@ assert torch.equal(to_half_split(weight, D)[:D], weight[evens_first])
 assert torch.equal(to_interleaved(to_half_split(weight, D), D), weight)
 
 # %% [markdown]
-# **Exercise 5.2 (15 min, ★★).** Take a small `Attention` layer with interleaved rotation and convert its weights, so that half-split rotation gives the same output. Which
-# of its four matrices must not be touched, and why?
+# **Exercise 5.1 (10 min, ★): `rope_cos_sin`** in [workbook 5](../exercises/05_rope.ipynb). The table of angles, from positions of any shape.
+#
+# **Exercise 5.2 (15 min, ★★): `apply_rope`** in [workbook 5](../exercises/05_rope.ipynb). Turn the pairs; either layout passes, and the check says which one it is.
+#
+# **Exercise 5.3 (15 min, ★★): `layouts`** in [workbook 5](../exercises/05_rope.ipynb). Convert weights from one layout to the other and back.
+#
+# **Exercise 5.7 (10 min, ★★): `scores_of_new`** in [workbook 5](../exercises/05_rope.ipynb). Scores with a cache, in a colleague's version. Two bugs; the shift test of this chapter finds one.
+#
+# **Exercise 5.8 (10 min, ★): `partial_rope`** in [workbook 5](../exercises/05_rope.ipynb). GPT-NeoX turns only some of the channels. So do you.
 #
 # ## 5.6 Long range and the base
 #
@@ -421,7 +427,9 @@ except ImportError:
     print("pip install ipywidgets shows a slider here")
 
 # %% [markdown]
-# **Exercise 5.3 (10 min, ★★).** A model must tell apart distances up to 8,000. Which base makes the slowest of 32 pairs turn by at most half a turn over that distance? Compute it, then look at the widget.
+# **Exercise 5.6 (10 min, ★★): `smallest_base`** in [workbook 5](../exercises/05_rope.ipynb). A model must tell apart distances up to 8,000. Which base does it need? On paper, then checked.
+#
+# **Exercise 5.9 (20 min, ★★): `agreement`** in [workbook 5](../exercises/05_rope.ipynb). Predict how much further equal vectors agree with a base a hundred times as large, then measure.
 #
 # ## 5.7 Back to the question
 #
@@ -623,9 +631,11 @@ show(fig, "Far beyond the trained length, plain rotation forgets how to copy; dy
 # Linear scaling fails from the first question on: the first layer must find *the word just before*, and linear scaling moves that word from a distance of one to a small fraction of one. Its authors use it together with some more
 # training, which we leave out here. YaRN leaves the fast pairs alone, so neighbours stay neighbours.
 #
-# **Exercise 5.4 (20 min, ★★).** Fine-tune `rotary` for 50 steps on long texts with linear scaling. Does it catch up with YaRN? How many steps does it take?
+# **Exercise 5.4 (20 min, ★★★): `yarn_ramp`** in [workbook 5](../exercises/05_rope.ipynb). Which pairs are slowed down, and by how much.
 #
-# **Exercise 5.5 (15 min, ★★★).** Set YaRN's `attention_factor` to 1 and compare on the last questions. Why might sharper scores help when there are more keys?
+# **Exercise 5.5 (25 min, ★★★): `rope_frequencies`** in [workbook 5](../exercises/05_rope.ipynb). All four kinds of scaling; the check compares with the formulas of the papers.
+#
+# **Try it.** Set YaRN's `attention_factor` to 1 and compare on the last questions. Why might sharper scores help when there are more keys?
 #
 # ## 5.9 Where it breaks
 #
@@ -667,7 +677,7 @@ assert abs(repaired - right["rotary"][0]) < 0.01
 # %% [markdown]
 # **Positions that restart.** With a cache (chapter 10) the next token is not at position 0, and in a padded batch (chapters 10 and 11) the first real token is not at the first place. Pass `positions`; do not count from the shape.
 #
-# **Exercise 5.6 (10 min, ★).** Which of the checks in this chapter would pass if `rope_cos_sin` used degrees instead of radians? Try it.
+# **Try it.** Which of the checks in this chapter would pass if `rope_cos_sin` used degrees instead of radians?
 #
 # ## 5.10 What you have
 #
@@ -679,6 +689,6 @@ assert abs(repaired - right["rotary"][0]) < 0.01
 #
 # **Words:** rotary position embedding, pair, base (theta), frequency, half-split and interleaved layout, extrapolation, NTK-aware scaling, YaRN.
 #
-# **Exercises:** 5.1 to 5.6, in place above.
+# **Exercises:** 5.1 to 5.9, in place above, with checks in [workbook 5](../exercises/05_rope.ipynb).
 #
 # **Sources:** Su et al. 2021, *RoFormer* (arXiv:2104.09864); Chen et al. 2023, *Extending Context Window of Large Language Models via Positional Interpolation* (arXiv:2306.15595); Peng et al. 2023, *YaRN* (arXiv:2309.00071), which also tells the history of NTK-aware scaling. Read next: Press et al. 2022, *ALiBi* (arXiv:2108.12409), another way to length. Then chapter 6.

@@ -415,7 +415,7 @@ explore(4)
 # %% [markdown]
 # Keep one number in mind for later: what a change cut to rank 2 still knows. It was trained with all ranks and cut afterwards. Will a change that is *trained* at rank 2 do better?
 #
-# **Exercise 12.1 (15 min, ★).** How much of the squares does rank 8 hold in each of the 28 changes? Which matrix needs the most pieces?
+# **Try it.** How much of the squares does rank 8 hold in each of the 28 changes? Which matrix needs the most pieces?
 #
 # ## 12.3 Two thin matrices
 #
@@ -501,7 +501,9 @@ assert adapted.lora_A.weight.grad.abs().max() == 0 < adapted.lora_B.weight.grad.
 # %% [markdown]
 # $B$ moves first, and from then on $A$ moves too. The frozen $W$ gets no gradient at all: no memory for it, and none for the two averages that AdamW keeps of each trained weight.
 #
-# **Exercise 12.2 (15 min, ★★).** Start with B random and A zero instead. It also begins as the base model. Does it train as well?
+# **Exercise 12.1 (15 min, ★★): `LoRALinear`** in [workbook 12](../exercises/12_lora.ipynb). Write the layer without looking; the check compares it and its gradients with one matrix that was changed.
+#
+# **Try it.** Start with B random and A zero instead. It also begins as the base model. Does it train as well?
 #
 # ## 12.4 Which layers
 #
@@ -546,6 +548,8 @@ else:
     raise AssertionError("a misspelled target must be refused")
 
 # %% [markdown]
+# **Exercise 12.2 (15 min, ★★): `find_targets`** in [workbook 12](../exercises/12_lora.ipynb). Which layers fit a name, and which names fit nothing?
+#
 # Three settings make an adapter: the rank, alpha, and the targets. They have PEFT's names, so that they can be written to its file as they are.
 
 # %% id="lora-config"
@@ -635,6 +639,8 @@ def logits_of(model):
 assert torch.equal(logits_of(model), logits_of(base))
 
 # %% [markdown]
+# **Exercise 12.3 (15 min, ★★): `add_lora`** in [workbook 12](../exercises/12_lora.ipynb). Find, freeze, replace: the order decides what trains.
+#
 # What does freezing save? The weights themselves must be there either way. A gradient and two averages for each *trained* weight need not be (chapter 7).
 
 # %% id="lora-memory-figure"
@@ -656,7 +662,7 @@ show(fig, "Memory of a training step without activations: LoRA keeps gradients a
           "AdamW's averages only for the thin matrices.")
 
 # %% [markdown]
-# **Exercise 12.3 (10 min, ★).** A model of 7 billion weights in 16 bits, AdamW in 32 bits: how much memory does full fine-tuning need, and LoRA with 0.5% of the weights?
+# **Exercise 12.6 (10 min, ★★): `seven_billion`** in [workbook 12](../exercises/12_lora.ipynb). On paper: how many weights, and how many gigabytes of gradients and averages, does rank 16 need in a model of seven billion?
 #
 # ## 12.5 Teach the village
 #
@@ -777,7 +783,7 @@ if kept_by:
               "kept; the losses are among those who are not.")
 
 # %% [markdown]
-# **Exercise 12.4 (25 min, ★★).** Train all weights at three learning rates, 1e-4, 3e-4 and 1e-3. Draw learned against kept, and put LoRA into the same picture.
+# **Exercise 12.7 (10 min, ★★): `train_adapters`** in [workbook 12](../exercises/12_lora.ipynb). A colleague's loop learns nothing, and would return what it did not train: find both bugs.
 #
 # ## 12.6 Rank, targets, alpha
 #
@@ -851,7 +857,7 @@ show(fig, "Loss for four values of alpha at one learning rate: too small is slow
 # More is faster, up to a point, and then the steps are too large to land anywhere. The runs of this chapter use 8, which was chosen before this picture. Whether a larger alpha keeps as much of the old is
 # for you to measure.
 #
-# **Exercise 12.5 (20 min, ★★).** Multiply alpha by 4 and divide the learning rate by 4. Is the run the same? Why not exactly (think of AdamW)?
+# **Exercise 12.9 (20 min, ★★★): `first_step`** in [workbook 12](../exercises/12_lora.ipynb). Alpha over the rank, or over its root? Predict how the first step depends on the rank, then measure it.
 #
 # ## 12.7 Which layers change most
 #
@@ -895,7 +901,7 @@ show(fig, "Size of the change over the size of the matrix, by layer and module: 
 # Full fine-tuning spreads its change nearly evenly. AdamW moves every weight that has a gradient by about the learning rate in each step, whether the task needs it or not (chapter 8). With two
 # pieces for a matrix, each matrix has to move further, and the differences are larger. A large change is not yet an important one: which layers *matter* is what 12.6 measured.
 #
-# **Exercise 12.6 (20 min, ★★★).** Adapt only the two layers that changed most, with a rank that spends as many weights. Better or worse?
+# **Exercise 12.8 (15 min, ★★): `dora_weight`** in [workbook 12](../exercises/12_lora.ipynb). Lengths of rows as weights of their own: write DoRA, and let no gradient flow through the norm.
 #
 # ## 12.8 Merge, save, exchange
 #
@@ -951,6 +957,8 @@ times = [(milliseconds(village), milliseconds(merged)) for _ in range(20)]
 print("one batch: with adapters {:.1f} ms, merged {:.1f} ms".format(*map(min, zip(*times))))
 
 # %% [markdown]
+# **Exercise 12.4 (10 min, ★★): `merge_lora`** in [workbook 12](../exercises/12_lora.ipynb). Take the adapters off, with or without what they learned; the weights are compared one by one.
+#
 # Why ever keep an adapter apart, then? Because it is small: one base model and a hundred adapters, each loaded when it is needed. On disk it is a folder with two files, in the format of PEFT: the settings, and
 # the thin matrices under PEFT's names.
 
@@ -1125,7 +1133,7 @@ if peft:
     assert difference < 1e-4
 
 # %% [markdown]
-# **Exercise 12.7 (25 min, ★★).** Teach a second adapter a manner of speaking ("..., my friend."). Swap the two on one base model. Then add both changes: do you get both?
+# **Exercise 12.5 (5 min, ★): `adapter_weights`** in [workbook 12](../exercises/12_lora.ipynb). Which tensors go into the file, and under which names?
 #
 # ## 12.9 Where it breaks
 #
@@ -1263,7 +1271,7 @@ if outsiders:
 # feed-forward layers, and the embedding, which is also the output layer here, is frozen. What that costs depends on how well pretraining has trained these rows. This model has read 400 names, and 90% of the answers come out right; an earlier one, whose world had 200 names, got 5 to 14%: it could
 # neither tell such names apart nor say them. LoRA teaches new facts about known words; for new words, train their rows of the embedding too (PEFT: `trainable_token_indices`).
 #
-# **Exercise 12.8 (30 min, ★★★).** Let the embedding rows of these pieces train beside the adapter. How many weights is that, and do the outsiders come in?
+# **Try it.** Let the embedding rows of these pieces train beside the adapter. How many weights is that, and do the outsiders come in?
 #
 # ## 12.10 The claim
 #
@@ -1310,6 +1318,8 @@ for question in five:
 # - Rank, alpha and targets are to be measured: here a rank of 2 in the feed-forward layers, 1% of the weights, is enough for fifty facts.
 # - Replay keeps the old, with LoRA as with full fine-tuning. Without it both forget, LoRA less.
 # - Merge, and it costs nothing at run time. Keep it apart, and it is a small file that PEFT reads.
+#
+# **Exercises:** 12.1 to 12.9, in place above, with checks in [workbook 12](../exercises/12_lora.ipynb).
 #
 # **Words**: adapter, low rank, singular value, LoRA, alpha, target, merge, full fine-tuning, self-replay, PEFT.
 #

@@ -293,7 +293,9 @@ print([tokenizer.decode([t]) for t in pair[0]], "|",
       [tokenizer.decode([t]) for t in pair[1]])
 
 # %% [markdown]
-# The other is speed: thousands of short rows of unequal length. They are sorted, so that equal lengths stand together, and padded on the right, where a causal model cannot look. Options of
+# **Exercise 15.1 (10 min, ★★): `encode_pair`** in [workbook 15](../exercises/15_evaluation.ipynb). Three rules, from the text above. The check also uses a tokenizer that begins every text with a token of its own.
+#
+# The other detail is speed: thousands of short rows of unequal length. They are sorted, so that equal lengths stand together, and padded on the right, where a causal model cannot look. Options of
 # one token share all that the model reads, so equal inputs are read once. Inside, `place` and `target` say where each option's tokens are scored, and which they are.
 
 # %% id="evaluate-score-batch"
@@ -320,7 +322,11 @@ def score_batch(
             [bool(x.all()) for x in best.split(sizes)])
 
 # %% [markdown]
-# The second result says whether greedy generation would have written the option. And all pairs, in batches:
+# The second result says whether greedy generation would have written the option.
+#
+# **Exercise 15.2 (25 min, ★★★): `score_batch`** in [workbook 15](../exercises/15_evaluation.ipynb). Rebuild it in any way, a loop over the rows for example; the check compares with one pass of the model per token.
+#
+# And all pairs, in batches:
 
 # %% id="evaluate-score-pairs"
 #| export
@@ -453,9 +459,7 @@ for name, rows in choice.items():
 # Choosing is easier than completing: the true value need only be likelier than three others, not likelier than every token. So these shares lie above those of 15.1, and the two must not be
 # mixed in one table.
 #
-# **Exercise 15.1 (15 min, ★★).** Divide by tokens, or by bytes, instead of characters. For which questions does the choice change?
-#
-# **Exercise 15.2 (20 min, ★★).** Subtract the option's score after an empty question ("Answer:"). What does this correct (Holtzman et al. 2021)?
+# **Exercise 15.3 (15 min, ★★): `choose`** in [workbook 15](../exercises/15_evaluation.ipynb). Rebuild it by both rules. The options must be dealt out again in order, and characters are those of the option itself.
 #
 # ## 15.3 The same question in other words
 #
@@ -535,8 +539,6 @@ show(fig, "Letters: the right answers are spread evenly, the models' choices are
 # So a score belongs to a model *and* a form. Compare models only in the same form, and name it. On large models the spread is smaller but does not vanish: Sclar et al. (2023) found up to 76 points between forms that mean
 # the same.
 #
-# **Exercise 15.3 (20 min, ★★).** Put two solved questions before each one (few-shot). Which form gains most?
-#
 # ## 15.4 A share and its interval
 #
 # A test has a few hundred questions out of all that could have been asked. Another few hundred would give another share. How far would it move? We have no other questions, but we can
@@ -599,6 +601,8 @@ show(fig, "Two thousand redrawn tests: the solid line is the measured share, 95%
           "the redrawn shares lie between the dashed lines.")
 
 # %% [markdown]
+# **Exercise 15.4 (15 min, ★★): `bootstrap`** in [workbook 15](../exercises/15_evaluation.ipynb). With weights, a question that is drawn brings both its value and its weight.
+#
 # ### Where the bootstrap fails
 #
 # **Before you run this**: a model answers 20 of 20 questions. What is its bootstrap interval?
@@ -645,6 +649,8 @@ assert held[0.98][0] < 0.85 < held[0.98][1]
 
 # %% [markdown]
 # In the middle both keep their promise; at the edge only Wilson does. Shares get Wilson's interval from here on; everything else the bootstrap.
+#
+# **Exercise 15.5 (15 min, ★★): `wilson`** in [workbook 15](../exercises/15_evaluation.ipynb). From the formula, with exact ends. The check finds the same ends without it, by bisection.
 #
 # ### Better than chance?
 #
@@ -707,8 +713,6 @@ for name, rows in choice_tests.items():
               f"guessing {chance_level(rows):.0%}")
 
 # %% [markdown]
-# **Exercise 15.4 (15 min, ★★).** How many of 20 tests of pure guessing come out "better than chance"? Simulate a thousand times.
-#
 # ## 15.5 Two models, the same questions
 #
 # Back to 15.1. Each model has its interval:
@@ -761,6 +765,8 @@ assert mcnemar([1] * 7 + [0] + [1] * 20, [0] * 7 + [1] + [1] * 20) == 2 * (8 + 1
 print(f"seven to one: p = {2 * 9 / 256:.3f}; base against chat: p = {mcnemar(a, b):.2g}")
 
 # %% [markdown]
+# **Exercise 15.6 (15 min, ★★): `mcnemar`** in [workbook 15](../exercises/15_evaluation.ipynb). From the formula; the check counts all ways in which the coins can fall.
+#
 # The same idea without a formula is a **permutation test**: swap the two models on a random half of the questions, many times, and count how often the difference gets as large as the real one. It also works where a question gives a
 # number instead of right or wrong.
 
@@ -775,6 +781,8 @@ print(f"permutation {permutation(a, b):.4f}, McNemar {mcnemar(a, b):.4f}")
 assert abs(permutation(a, b) - mcnemar(a, b)) < 0.03
 
 # %% [markdown]
+# **Exercise 15.8 (10 min, ★★): `permutation_test`** in [workbook 15](../exercises/15_evaluation.ipynb). A permutation test for marks in place of right and wrong: one bug makes every p-value 1, the other shows when the two models are swapped.
+#
 # scipy has the coin test as `binomtest`:
 
 # %% id="evaluate-scipy"
@@ -865,6 +873,8 @@ def questions_needed(difference: float, variance: float, power: float = 0.8) -> 
     return math.ceil((z(0.975) + z(power)) ** 2 * variance / difference**2)
 
 # %% [markdown]
+# **Exercise 15.7 (10 min, ★): `questions_needed`** in [workbook 15](../exercises/15_evaluation.ipynb). The check looks at both z, at the power, and at a negative difference.
+#
 # Read the table before you plan a test: two models at about 70%, which disagree on one question in ten.
 
 # %% id="evaluate-needed-table"
@@ -933,7 +943,7 @@ found = check("evaluate/power", power(0.05, 0.1, n, chapter.size.trials))
 # %% [markdown]
 # A little less than 80%: the exact test is more careful than the formula.
 #
-# **Exercise 15.5 (20 min, ★★).** Test after every ten questions and stop when p is below 0.05. How often do two equal models "differ"?
+# **Exercise 15.10 (20 min, ★★): `peeking`** in [workbook 15](../exercises/15_evaluation.ipynb). You look after every ten questions and stop when p is below 0.05. How often do two equal models "differ"? Predict, then measure.
 #
 # ## 15.6 A test that was in the training text
 #
@@ -1072,9 +1082,7 @@ print(f"six words in a row as in the test: {len(found) - planted} of {len(before
       f"ordinary texts, {planted} of 20 planted")
 
 # %% [markdown]
-# **Exercise 15.6 (25 min, ★★★).** How often must an answer be read to be known? Leak 1, 4 and 16 times, and draw the curve.
-#
-# **Exercise 15.7 (20 min, ★★).** Find the leaked questions from outside: compare nats of the test with nats of the same test reworded.
+# **Try it.** How often must an answer be read to be known? Leak 1, 4 and 16 times, and draw the curve.
 #
 # ## 15.7 The same score from lm-eval
 #
@@ -1273,7 +1281,7 @@ if claims:
     assert cost["YaRN"] < cost["NTK"] < cost["plain"] < cost["linear"]
 
 # %% [markdown]
-# **Exercise 15.8 (30 min, ★★★).** Measure gain: put a sentence at the start of a long row and ask about it at the end. How far can each method reach?
+# **Try it.** Measure gain: put a sentence at the start of a long row and ask about it at the end. How far can each method reach?
 #
 # ## 15.9 All stages side by side
 #
@@ -1341,6 +1349,8 @@ show(fig, "Every stage of this run: answers right against size, against time for
           "answer, and against bits per byte.")
 
 # %% [markdown]
+# **Exercise 15.9 (10 min, ★): `pass_at_k`** in [workbook 15](../exercises/15_evaluation.ipynb). Predict one number, then write the chance that one of k tries is right, from n tries and without bias.
+#
 # The numbers with their bands. For bits per byte, the interval comes from the bootstrap over blocks of text; weights are bytes.
 
 # %% id="evaluate-claim"
@@ -1368,7 +1378,7 @@ print(f"base model: {mean:.3f} bits per byte, 95% interval {low:.3f} to {high:.3
 # which pairs equal questions as 15.5 did, and says which differences are noise. Two runs that differ in nothing but the seed differ in every number; with several
 # seeds of each kind (`--against`), the interval is over seeds, and that is the one to trust for a claim about a *method*.
 #
-# **Exercise 15.9 (30 min, ★★★).** Run chapters 9 to 15 with two seeds. Which numbers does `compare` call noise? Which surprise you?
+# **Try it.** Run chapters 9 to 15 with two seeds. Which numbers does `compare` call noise? Which surprise you?
 #
 # ## 15.10 Recap
 #
@@ -1380,7 +1390,7 @@ print(f"base model: {mean:.3f} bits per byte, 95% interval {low:.3f} to {high:.3
 #
 # **Words**: multiple choice by likelihood, length normalisation, prompt form, bootstrap, confidence interval, coverage, chance level, paired test, p-value, power, contamination, context extension.
 #
-# **Exercise 15.10 (20 min, ★★).** Write the sentence for a *difference* as `chance_sentence` does for a share, and test it at the edges.
+# **Exercises:** 15.1 to 15.10, in place above, with checks in [workbook 15](../exercises/15_evaluation.ipynb).
 #
 # **Sources**: Brown et al. 2020, arXiv:2005.14165 (choice by likelihood, contamination). Gao et al. 2021, *lm-evaluation-harness*. Holtzman et al. 2021, arXiv:2104.08315 (why surface forms compete). Sclar et al. 2023,
 # arXiv:2310.11324 (prompt formats). Efron 1979 (bootstrap). Wilson 1927 (intervals of a share). McNemar 1947 (paired shares). Miller 2024, arXiv:2411.00640 (error bars for evaluations). Peng et al. 2023,

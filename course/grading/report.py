@@ -57,7 +57,7 @@ def read_results(out: Path, slugs: list[str]):
 
 def write_tables(out: Path, slugs: list[str]) -> None:
     """grades.csv, grades.json, grades.xml and overview.html of these submissions."""
-    from course.grade import csv_bytes
+    from course.grading.grade import csv_bytes
 
     exercises: dict[str, dict[str, float]] = {}
     for _, result in read_results(out, slugs):
