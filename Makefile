@@ -12,7 +12,7 @@ COURSE = $(IN_ROOT) .venv/bin/python -m course
 help:
 	@echo "make course   run all chapters and write a report; PROFILE=smoke|cpu|t4|gpu (default: what fits this machine)"
 	@echo "make test     all tests; ARGS='-k build' for a part"
-	@echo "make lab      open the chapters in JupyterLab"
+	@echo "make lab      open chapters and workbooks in JupyterLab"
 	@echo "make build    make the notebooks and the package from chapters/src"
 	@echo "make doctor   what this machine is and which profile fits"
 	@echo "make setup    make .venv with the pinned versions (the others do this first); PYTHON=python3.12 chooses the Python"
@@ -29,7 +29,7 @@ test: setup
 	@$(IN_ROOT) .venv/bin/python -m pytest $(ARGS)
 
 lab: setup
-	@$(IN_ROOT) .venv/bin/python -m jupyter lab chapters $(ARGS)
+	@$(IN_ROOT) .venv/bin/python -m jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/chapters/00_start_here.ipynb $(ARGS)
 
 build: setup
 	@$(COURSE) build $(ARGS)

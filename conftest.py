@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["course.nbval_points"]  # exercises and points in nbval's report of a graded notebook
+pytest_plugins = ["course.grading.nbval_points"]  # exercises and points in nbval's report of a graded notebook
 ROOT = Path(__file__).resolve().parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never need the network; a hidden download would show as an error
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -12,6 +12,7 @@ COMMANDS = {  # each is a module course/NAME.py with add_arguments(parser) and m
     "run": "run the chapters in order and write a report",
     "build": "make the notebooks, the package and the sample data from the sources",
     "solution": "print one solution of a workbook",
+    "student": "say which modules are yours, and run the course's tests on them",
     "grade": "grade workbooks that students handed in",
     "release": "write the tree that an instructor gives to students",
     "data": "list, download and check public data sets",

@@ -9,8 +9,10 @@ import ast
 import builtins
 import importlib
 import importlib.util
+import inspect
 import linecache
 import os
+import shutil
 import symtable
 import sys
 import uuid
@@ -22,6 +24,7 @@ from course.checks import core
 from course.student import saved_names
 
 PLAIN = (int, float, str, bool, bytes, type(None))
+DRIVE = Path("/content/drive/MyDrive")  # where Colab shows the reader's Drive
 
 
 class KeepError(RuntimeError):
@@ -56,7 +59,26 @@ def save(desk, folder: Path, right: list[core.Check], wrong: list[tuple[core.Che
     print(f"saved {', '.join(names)} to {shown(path)}")
     print(f"MINIMIND_STUDENT={shown(folder)} makes minimind.{desk.module} use them: "
           f"MINIMIND_STUDENT={shown(folder)} python -m course run --only 7")  # fmt: skip
+    if "google.colab" in sys.modules:
+        take_away(path)
     return path
+
+
+def take_away(path: Path) -> None:
+    """Colab throws its machine away: the file goes to the reader's Drive where it is mounted, else the browser downloads it."""
+    if DRIVE.is_dir():
+        target = DRIVE / "minimind" / "student" / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = target.with_name(f".{path.stem}_{uuid.uuid4().hex[:8]}.py")
+        try:
+            shutil.copyfile(path, draft)
+            os.replace(draft, target)
+        finally:
+            draft.unlink(missing_ok=True)
+        print(f"and to your Drive: MINIMIND_STUDENT={target.parent} uses it from there, in any session")
+    else:
+        print("your browser downloads it too, because this machine is thrown away; drive.mount(\"/content/drive\") keeps it in your Drive instead")
+        sys.modules["google.colab"].files.download(str(path))
 
 
 def verify(path: Path, desk, right: list[core.Check]) -> None:
@@ -132,7 +154,8 @@ def module_text(desk, names: list[str]) -> str:
 
 
 def source_of(value: object, name: str) -> str:
-    """The text of a function or class, from the cell that defined it."""
+    """The text of a function or class, from the cell that defined it; a decorator such as no_grad may wrap it."""
+    value = inspect.unwrap(value) if isinstance(value, FunctionType) else value
     function = value if isinstance(value, FunctionType) else next((f for f in vars(value).values() if isinstance(f, FunctionType)), None) \
         if isinstance(value, type) else None  # fmt: skip
     file = function.__code__.co_filename if function else ""

@@ -310,7 +310,8 @@ def panels(curves: dict) -> list[dict]:
             f"{key.split('/', 1)[-1] if len(lines) > 1 else y_label} from {line['y'][0]:.3g} to {line['y'][-1]:.3g}" for key, line in lines.items()
         )
         heading = GROUPS.get(name, name.replace("_", " "))
-        caption = f"{ends[0].upper()}{ends[1:]}, over {short(max(line['x'][-1] for line in lines.values()))} {x_label}."
+        unit = "steps" if x_label == "step" else x_label
+        caption = f"{ends[0].upper()}{ends[1:]}, over {short(max(line['x'][-1] for line in lines.values()))} {unit}."
         found.append({"title": f"{heading[0].upper()}{heading[1:]}: {y_label}", "svg": chart(lines, x_label, y_label, caption), "caption": caption})
     return found
 

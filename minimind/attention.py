@@ -17,10 +17,9 @@ from torch import nn
 # %% ../chapters/04_attention.ipynb #attention-causal-mask
 def causal_mask(T: int, S: int | None = None,
                 device: torch.device | str | None = None) -> torch.Tensor:
-    """Which of S keys each of the last T positions may look at, as bool (T, S); True
-    means "may look".
+    """Which of S keys each of the last T positions may look at, as bool (T, S).
 
-    The queries are the last T of S positions, so query i stands at position S - T + i.
+    True means "may look". The queries are the last T of S positions, so query i stands at position S - T + i.
     Without a cache S is T.
     """
     S = T if S is None else S
@@ -28,9 +27,7 @@ def causal_mask(T: int, S: int | None = None,
 
 # %% ../chapters/04_attention.ipynb #attention-repeat-kv
 def repeat_kv(x: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Give every key/value head to `repeats` query heads in a row: (B, K, S, D) -> (B,
-    K * repeats, S, D).
-    """
+    """Each key/value head `repeats` times: (B, K, S, D) -> (B, K * repeats, S, D)."""
     return x.repeat_interleave(repeats, dim=1)
 
 # %% ../chapters/04_attention.ipynb #attention-weights
@@ -38,9 +35,9 @@ def attention_weights(
     q: torch.Tensor, k: torch.Tensor, attention_mask: torch.Tensor | None = None,
     is_causal: bool = False
 ) -> torch.Tensor:
-    """Shares of attention, (B, H, T, S); each row sums to 1. q is (B, H, T, D), k is
-    (B, K, S, D).
+    """Shares of attention, (B, H, T, S); each row sums to 1.
 
+    q is (B, H, T, D), k is (B, K, S, D).
     `attention_mask` is bool, True means "may look", and broadcasts to (B, H, T, S);
     `is_causal` adds the causal mask.
     """
@@ -61,11 +58,10 @@ def attention(
     attention_mask: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), the
-    readable way: memory grows with T * S.
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762).
 
-    q is (B, H, T, D), k and v are (B, K, S, D); K divides H (Ainslie et al. 2023,
-    arXiv:2305.13245). Returns (B, H, T, D).
+    The readable way: memory grows with T * S. q is (B, H, T, D), k and v are (B, K, S,
+    D); K divides H (Ainslie et al. 2023, arXiv:2305.13245). Returns (B, H, T, D).
     """
     weights = attention_weights(q, k, attention_mask, is_causal)
     return weights @ repeat_kv(v, q.shape[1] // v.shape[1])
@@ -74,11 +70,10 @@ def attention(
 def grouped_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
-    """`attention` without repeated keys: the queries of one key/value head in one
-    matrix.
+    """`attention` without repeated keys: one matrix for the queries of a k/v head.
 
-    q is (B, H, T, D), k and v are (B, K, S, D), `attention_mask` as in `attention`.
-    A row that may look nowhere gets the mean of all values instead of NaN.
+    q is (B, H, T, D), k and v are (B, K, S, D), `attention_mask` as in `attention`. A
+    row that may look nowhere gets the mean of all values instead of NaN.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     rows = (q / math.sqrt(D)).reshape(B, K, -1, D)  # (B, K, H/K * T, D)
@@ -88,8 +83,7 @@ def grouped_attention(
 
 # %% ../chapters/04_attention.ipynb #attention-projections
 class Projections(nn.Module):
-    """The four matrices of an attention layer; their names are Hugging Face's (Llama,
-    Qwen3).
+    """The four matrices of an attention layer, under Hugging Face's names.
 
     `norm` makes a normalisation of width D for queries and keys, applied to each head
     before rotation (Qwen3).
@@ -113,10 +107,12 @@ class Projections(nn.Module):
         self.q_norm = norm(head_dim) if norm else nn.Identity()
         self.k_norm = norm(head_dim) if norm else nn.Identity()
 
-    def project(self, x: torch.Tensor, rotate: Callable
-                | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C); `rotate`
-        puts positions into (q, k).
+    def project(
+        self, x: torch.Tensor, rotate: Callable | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D).
+
+        `rotate(q, k)` puts positions into them.
         """
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim))
                    for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
@@ -131,9 +127,7 @@ MATRICES_UP_TO = 512  # positions up to which two matrix products beat the fused
 
 
 def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether to train with `grouped_attention`: on a processor, in 16 bits, short
-    rows.
-    """
+    """Whether to train with `grouped_attention`: processor, 16 bits, short rows."""
     low = torch.is_autocast_enabled("cpu") or q.dtype == torch.bfloat16
     short = 1 < q.shape[2] == k.shape[2] <= MATRICES_UP_TO
     return low and short and q.device.type == "cpu" and torch.is_grad_enabled()
@@ -145,11 +139,11 @@ class Attention(Projections):
     def forward(self, x: torch.Tensor, rotate: Callable | None = None,
                 attention_mask: torch.Tensor | None = None,
                 kv_cache=None) -> torch.Tensor:  # fmt: skip
-        """A bool `attention_mask` (True: may look; broadcasts to (B, H, T, S)) must
-        include causality; None means causal.
+        """x (B, T, C) -> (B, T, C); without `attention_mask` it is causal.
 
-        `kv_cache` has `.update(k, v, layer_idx)`, which returns the keys and values of
-        all positions so far.
+        A bool `attention_mask` (True: may look) broadcasts to (B, H, T, S) and must
+        include causality. `kv_cache` has `.update(k, v, layer_idx)`, which returns the
+        keys and values of all positions so far.
         """
         q, k, v = self.project(x, rotate)
         if kv_cache is not None:
@@ -167,8 +161,6 @@ class Attention(Projections):
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
     def weights(self, x: torch.Tensor, rotate: Callable | None = None) -> torch.Tensor:
-        """The causal shares of attention (B, H, T, T) that `forward` uses for x, for
-        looking at.
-        """
+        """The causal shares (B, H, T, T) that `forward` uses, for looking at."""
         q, k, _ = self.project(x, rotate)
         return attention_weights(q, k, is_causal=True)

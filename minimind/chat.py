@@ -40,9 +40,7 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[MiniMind, Tokenizer]:
 
 # %% ../chapters/10_generation.ipynb #generate-chat-stops
 def stop_tokens(folder: str | Path, tokenizer: Tokenizer) -> list[int]:
-    """Tokens that end an answer: the template's, and those that generation_config.json
-    or config.json name.
-    """
+    """Tokens that end an answer: the template's, and those of the folder's configs."""
     stops = {tokenizer.eos_id, tokenizer.im_end_id}
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
@@ -52,9 +50,7 @@ def stop_tokens(folder: str | Path, tokenizer: Tokenizer) -> list[int]:
 
 # %% ../chapters/10_generation.ipynb #generate-chat-reply
 def fit(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[list[int], int]:
-    """Tokens of the newest turns that fit into `room`, and how many of the oldest
-    messages were left out.
-    """
+    """Tokens of the newest turns that fit, and how many old messages were left out."""
     kept, system = list(messages), [m for m in messages[:1] if m["role"] == "system"]
     kept = kept[len(system) :]
     while True:
@@ -72,9 +68,7 @@ def reply(
     model: MiniMind, tokenizer: Tokenizer, messages: list[dict], stop_ids: list[int],
     max_new_tokens: int = 128, **options
 ) -> Iterator[str]:
-    """Yield the assistant's answer to `messages` piece by piece, leaving out the oldest
-    turns when they do not fit.
-    """
+    """Yield the answer to `messages` in pieces; the oldest turns may be left out."""
     room = model.config.max_position_embeddings - max_new_tokens
     ids, left_out = fit(tokenizer, messages, room)
     if left_out:
@@ -135,9 +129,7 @@ def answer(args: argparse.Namespace, model: MiniMind, tokenizer: Tokenizer,
 
 # %% ../chapters/10_generation.ipynb #generate-chat-main
 def chat(args: argparse.Namespace) -> None:
-    """One answer for --prompt, else a conversation that ends with an empty line or end
-    of input.
-    """
+    """One answer for --prompt, else a conversation until an empty line."""
     model, tokenizer = load(args.folder, args.device)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:

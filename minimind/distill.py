@@ -39,8 +39,7 @@ def kl_divergence(
 # %% ../chapters/14_distillation.ipynb #distill-soft-loss
 def soft_loss(teacher_logits: Tensor, student_logits: Tensor,
               temperature: float) -> Tensor:
-    """Mean of temperature**2 * KL(teacher || student) over N places; logits (N, V)
-    each.
+    """Mean of temperature**2 * KL(teacher || student); logits are (N, V) each.
 
     The factor keeps the gradient, temperature * (q - p) / N, from fading with heat.
     Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2.
@@ -109,8 +108,7 @@ def check_pair(student: nn.Module, teacher: nn.Module) -> None:
 def answers_of(
     teacher: nn.Module, tokenizer, questions: Sequence[str], max_new_tokens: int = 48
 ) -> list[list[dict]]:
-    """Ask the teacher, greedily: conversations of "role" and "content", as chat data
-    are.
+    """Ask the teacher, greedily; conversations of "role" and "content".
 
     Answers that are empty or not closed within max_new_tokens are left out.
     Kim and Rush 2016, arXiv:1606.07947.

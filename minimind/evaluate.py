@@ -26,7 +26,8 @@ def question_problem(row: dict) -> str | None:
     Known are {"prompt" or "ctx", "choices", "label"}, where "continuation" may follow
     each choice, and {"prompt" or "ctx", "target"}.
     """
-    prompt, choices, label = row.get("prompt", row.get("ctx")), row.get("choices"), row.get("label")
+    prompt = row.get("prompt", row.get("ctx"))
+    choices, label = row.get("choices"), row.get("label")
     if not isinstance(prompt, str) or not (prompt.strip() or row.get("continuation")):
         return 'neither "prompt" nor "ctx" holds a text'
     if "target" in row:
@@ -69,15 +70,14 @@ def read_questions(source: str | Path, limit: int) -> dict[str, list[dict]]:
 # %% ../chapters/15_evaluation.ipynb #evaluate-encode-pair
 def encode_pair(tokenizer, context: str | list[dict],
                 continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of a context and of its continuation; spaces at the end of the context move
-    to the continuation.
+    """Ids of a context and of its continuation, which gets the spaces in between.
 
     The rule of lm-eval. Messages go through the chat template. An empty context is the
     end-of-text token.
     """
     if not isinstance(context, str):
-        return tokenizer.apply_chat_template(context,
-                                             add_generation_prompt=True), tokenizer.encode(continuation)
+        prompt = tokenizer.apply_chat_template(context, add_generation_prompt=True)
+        return prompt, tokenizer.encode(continuation)
     bare = context.rstrip()
     continuation, before = context[len(bare) :] + continuation, tokenizer.encode(bare)
     if not before:
@@ -89,9 +89,7 @@ def encode_pair(tokenizer, context: str | list[dict],
 def score_batch(
     model: nn.Module, rows: list[list[int]], sizes: list[int]
 ) -> tuple[list[float], list[bool]]:
-    """Of the last sizes[i] tokens of rows[i]: their ln p in nats, and whether each is
-    the most likely one.
-    """
+    """Of the last sizes[i] tokens of rows[i]: ln p in nats, and is each most likely?"""
     device, inputs = next(model.parameters()).device, {}
     # equal inputs are read once
     number = [inputs.setdefault(tuple(row[:-1]), len(inputs)) for row in rows]
@@ -105,15 +103,14 @@ def score_batch(
     logits = model(ids.to(device))[which.to(device), place.to(device)]  # (tokens, V)
     log_p = logits.float().log_softmax(-1).cpu()
     own, best = log_p.gather(1, target[:, None])[:, 0].double(), log_p.argmax(1) == target
-    return [x.sum().item() for x in own.split(sizes)], [bool(x.all())
-                                                        for x in best.split(sizes)]
+    return ([x.sum().item() for x in own.split(sizes)],
+            [bool(x.all()) for x in best.split(sizes)])
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-score-pairs
 def score_pairs(
     model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ln p(continuation | context) in nats for pairs of ids, and whether greedy choice
-    would write it; (N,) each.
+    """ln p(continuation | context) in nats, and is it the greedy choice? (N,) each.
 
     Rows that are too long for the model lose their beginning, as in lm-eval.
     """
@@ -136,9 +133,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def render(row: dict, form: str) -> list[tuple[str | list[dict], str]]:
-    """One (context, continuation) per option. A row may have a "stem": a sentence that
-    the option ends.
-    """
+    """One (context, continuation) per option, which ends the row's "stem" if any."""
     question, stem, choices = row["prompt"], row.get("stem"), row["choices"]
     # the options are contexts, and what follows is the same: it has one form
     if "continuation" in row:
@@ -168,20 +163,18 @@ def choose(
     model: nn.Module, tokenizer, questions: Sequence[dict], form: str = "statement",
     batch_size: int = 64
 ) -> list[dict]:
-    """Answer rows of "prompt", "choices", "label" by likelihood: the same rows with
-    what was found.
+    """Answer rows of "prompt", "choices", "label" by likelihood.
 
-    "nats" of each option; "chosen" and "right" by the sum, "chosen_norm" and
-    "right_norm" by nats per character.
+    The same rows come back with "nats" of each option; "chosen" and "right" by the
+    sum, "chosen_norm" and "right_norm" by nats per character.
     """
     pairs = [[encode_pair(tokenizer, *pair) for pair in render(row, form)]
              for row in questions]
     nats, _ = score_pairs(model, [pair for some in pairs for pair in some], batch_size)
     ends, rows = np.cumsum([len(some) for some in pairs]), []
     for row, own in zip(questions, np.split(nats, ends[:-1])):
-        plain, norm = int(own.argmax()), int((own
-                                              / [len(choice)
-                                                 for choice in row["choices"]]).argmax())
+        lengths = [len(choice) for choice in row["choices"]]
+        plain, norm = int(own.argmax()), int((own / lengths).argmax())
         found = {"chosen": plain, "chosen_norm": norm, "right": plain == row["label"],
                  "right_norm": norm == row["label"]}
         rows.append({**row, **found, "nats": own.tolist()})
@@ -201,8 +194,9 @@ def share(rows: Sequence[dict], name: str = "right") -> float:
 def bootstrap(
     values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """Mean of values (N,), or sum(values) / sum(weights), and the ends of its 95%
-    interval (Efron 1979).
+    """Mean of values (N,) and the ends of its 95% interval (Efron 1979).
+
+    With weights: sum(values) / sum(weights).
     """
     values = np.asarray(values, dtype=float)
     if not len(values):
@@ -216,9 +210,7 @@ def bootstrap(
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-wilson
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson 1927); it holds near 0 and 1 too, where
-    the bootstrap fails.
-    """
+    """The 95% score interval of a share, also near 0 and 1 (Wilson 1927)."""
     if not 0 <= right <= total or total < 1:
         raise ValueError(f"{right} right of {total}: expected 0 <= right <= total, and "
                          "a question at least")
@@ -231,19 +223,17 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-chance-sentence
 def chance_level(rows: Sequence[dict]) -> float:
-    """The share that guessing gets right: the mean of 1 / number of options; 0 where
-    there are none.
-    """
+    """What guessing gets right: the mean of 1 / options, 0 where there are none."""
     return sum(1 / len(row["choices"]) for row in rows
                if "choices" in row) / max(1, len(rows))
 
 
 def chance_sentence(name: str, right: Sequence[bool], chance: float) -> str:
-    """The result of one test in words: "better than chance" only when the whole 95%
-    interval lies above it.
-    """
+    """One result in words; "better" only if the whole 95% interval is above chance."""
     low, high = wilson(sum(map(bool, right)), len(right))
-    verdict = "better than" if low > chance else "worse than" if high < chance else "not different from"
+    verdict = "not different from"
+    if low > chance or high < chance:
+        verdict = "better than" if low > chance else "worse than"
     result = f"{sum(map(bool, right)) / len(right):.1%} of {len(right)} right"
     interval = f"95% interval {low:.1%} to {high:.1%}"
     return f"{name}: {result}, {interval}, chance {chance:.1%}: {verdict} chance"
@@ -275,8 +265,7 @@ def paired_difference(a: Sequence[bool], b: Sequence[bool]) -> dict[str, float]:
 
 # %% ../chapters/15_evaluation.ipynb #evaluate-questions-needed
 def questions_needed(difference: float, variance: float, power: float = 0.8) -> int:
-    """Questions needed to see `difference` (0.02 is two points) at the 5% level with
-    probability `power`.
+    """Questions that show `difference` at the 5% level with probability `power`.
 
     variance of one question's difference: pa (1 - pa) + pb (1 - pb) for two separate
     tests; for the same questions the share on which the models disagree, minus

@@ -14,8 +14,7 @@ import torch
 
 # %% ../chapters/10_generation.ipynb #generate-top-k
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the k largest of logits (B, V) and ties of the last of them; the others
-    become -inf.
+    """Keep the k largest of logits (B, V), and ties; the others become -inf.
 
     Fan et al. 2018, arXiv:1805.04833.
     """
@@ -45,10 +44,10 @@ def keep_min_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 # %% ../chapters/10_generation.ipynb #generate-repetition-penalty
 def penalise_repetition(logits: torch.Tensor, previous: torch.Tensor,
                         penalty: float) -> torch.Tensor:
-    """Make the tokens in `previous` (B, n) less likely: divide positive logits,
-    multiply negative ones.
+    """Make the tokens in `previous` (B, n) less likely.
 
-    Keskar et al. 2019, arXiv:1909.05858.
+    Positive logits are divided, negative ones multiplied. Keskar et al. 2019,
+    arXiv:1909.05858.
     """
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, previous, True)
     return torch.where(seen, torch.where(logits > 0, logits / penalty,
@@ -65,11 +64,11 @@ def sample_next(
     previous: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Choose one token for each row of logits (B, V): ids (B,). Temperature 0 takes the
-    most probable token.
+    """Choose one token for each row of logits (B, V): ids (B,).
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p.
-    `previous` (B, n) holds the tokens so far, for the penalty.
+    Temperature 0 takes the most probable token. The order is Hugging Face's: repetition
+    penalty, temperature, top-k, top-p, min-p. `previous` (B, n) holds the tokens so
+    far, for the penalty.
     """
     if repetition_penalty != 1.0 and previous is not None:
         logits = penalise_repetition(logits, previous, repetition_penalty)
@@ -86,8 +85,7 @@ def sample_next(
 
 # %% ../chapters/10_generation.ipynb #generate-kv-cache
 class KVCache:
-    """Keys and values of all positions so far, of all layers, in memory that is set
-    aside once.
+    """Keys and values of all positions so far, in memory set aside once.
 
     Memory in bytes: 2 * layers * B * K * max_length * D * bytes per number. `update` is
     what attention calls.
@@ -110,9 +108,7 @@ class KVCache:
 
     def update(self, k: torch.Tensor, v: torch.Tensor,
                layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k and v (B, K, T, D) behind what is there; return all so far, (B, K, S,
-        D), as views.
-        """
+        """Write k and v (B, K, T, D); return all so far, (B, K, S, D), as views."""
         start, end = self.filled[layer_idx], self.filled[layer_idx] + k.shape[2]
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} positions and {end} "
@@ -124,9 +120,7 @@ class KVCache:
 
 # %% ../chapters/10_generation.ipynb #generate-check-request
 def check_request(config, input_ids: torch.Tensor, max_new_tokens: int) -> None:
-    """ValueError in plain words for a prompt that this model cannot continue by
-    `max_new_tokens`.
-    """
+    """ValueError in plain words for a prompt that this model cannot continue."""
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (B, T) "
                          "with at least one token per row")
@@ -142,9 +136,7 @@ def check_request(config, input_ids: torch.Tensor, max_new_tokens: int) -> None:
 def start_ids(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, end: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Memory for `end` tokens with the prompt in it, (B, end); and, for padded rows,
-    mask (B, end) and positions (B, end).
-    """
+    """Ids (B, end) with the prompt in them; for padded rows, mask and positions too."""
     B, T = input_ids.shape
     ids = input_ids.new_zeros(B, end)
     if attention_mask is None:
@@ -167,8 +159,9 @@ def next_tokens(
     seed: int | None = None,
     **sampling,
 ) -> Iterator[torch.Tensor]:
-    """Yield the next token of every row, (B,), up to `max_new_tokens` times; a stopped
-    row repeats the first stop id.
+    """Yield the next token of every row, (B,), up to `max_new_tokens` times.
+
+    A stopped row repeats the first stop id.
     """
     check_request(model.config, input_ids, max_new_tokens)
     (B, T), device = input_ids.shape, input_ids.device
@@ -211,9 +204,7 @@ def generate(model, input_ids: torch.Tensor, max_new_tokens: int = 64,
 # %% ../chapters/10_generation.ipynb #generate-left-pad
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0,
              device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of unequal length as ids (B, T) with padding on the left, and the mask (B,
-    T) that is 1 for real tokens.
-    """
+    """Rows as ids (B, T), padded on the left, and the mask: 1 for real tokens."""
     T = max(map(len, prompts))
     ids = [[pad_id] * (T - len(row)) + list(row) for row in prompts]
     real = [[0] * (T - len(row)) + [1] * len(row) for row in prompts]
@@ -224,9 +215,7 @@ def generate_batch(
     model, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64,
     stop_ids: Sequence[int] = (), batch_size: int = 64, **options
 ) -> list[list[int]]:
-    """Continue many prompts (lists of ids) at once: for each its new tokens, without
-    prompt and stop token.
-    """
+    """Continue many prompts (lists of ids): their new tokens, without stop token."""
     device, answers = next(model.parameters()).device, []
     for first in range(0, len(prompts), batch_size):
         ids, real = left_pad(prompts[first : first + batch_size], device=device)
@@ -244,11 +233,10 @@ def stream(
     model, tokenizer, input_ids: torch.Tensor, max_new_tokens: int = 64,
     stop_ids: Sequence[int] = (), **options
 ) -> Iterator[str]:
-    """Yield the continuation of input_ids (1, T) as text, piece by piece, without the
-    stop token.
+    """Yield the continuation of input_ids (1, T) as text, piece by piece.
 
-    A character may be spread over several tokens; its bytes are held back until it is
-    whole.
+    The stop token is left out. A character may be spread over several tokens; its bytes
+    are held back until it is whole.
     """
     model.eval()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -24,9 +24,9 @@ from .model import check_weights, read_weights, replace_folder
 
 # %% ../chapters/12_lora.ipynb #lora-linear
 class LoRALinear(nn.Module):
-    """A frozen linear layer plus a trained change of low rank: y = W x + alpha / r * B
-    A x; x (..., in) -> (..., out).
+    """A frozen linear layer plus a trained change of low rank; (..., in) -> (..., out).
 
+    y = W x + alpha / r * B A x.
     A (r, in) starts random, B (out, r) at zero, so the layer starts as it was. Hu et
     al. 2021, arXiv:2106.09685.
     """
@@ -58,8 +58,7 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the linear layers called as one of `targets`, by full name or by
-    its end, as PEFT does.
+    """Full names of the linear layers whose names are, or end in, one of `targets`.
 
     ValueError when a target fits no layer; it lists the names there are.
     """
@@ -68,17 +67,16 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
             for target in targets}
     unknown = [target for target, found in fits.items() if not found]
     if unknown or not fits:
-        what = f"no linear layer is called {', '.join(map(repr, unknown))}" if unknown else "no targets are given"
-        raise ValueError(f"{what}; the layers are "
-                         f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))}")
+        what = f"no linear layer is called {', '.join(map(repr, unknown))}"
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        raise ValueError(f"{what if unknown else 'no targets are given'}; the layers "
+                         f"are {known}")
     return [name for name in names if any(name in found for found in fits.values())]
 
 # %% ../chapters/12_lora.ipynb #lora-config
 @dataclass
 class LoRAConfig:
-    """Rank, alpha (the change is scaled by alpha / r) and target layers; the names are
-    PEFT's.
-    """
+    """Rank, alpha (the scale is alpha / r) and targets, by the names that PEFT uses."""
 
     r: int
     lora_alpha: float
@@ -121,9 +119,7 @@ def trained_parameters(model: nn.Module) -> int:
 
 # %% ../chapters/12_lora.ipynb #lora-merge
 def remove_lora(model: nn.Module) -> nn.Module:
-    """Take the adapters off, in place: the model is what it was before add_lora, and
-    all its weights train again.
-    """
+    """Take the adapters off, in place: what was before add_lora; all weights train."""
     for name, module in adapters(model).items():
         replace_module(model, name, module.base_layer)
     del model.lora_config
@@ -132,9 +128,7 @@ def remove_lora(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Add each change to its weight and take the adapters off, in place. The logits
-    stay the same up to rounding.
-    """
+    """Add each change to its weight and take the adapters off, in place."""
     for module in adapters(model).values():
         module.base_layer.weight += module.change()
     return remove_lora(model)
@@ -144,9 +138,7 @@ PREFIX = "base_model.model."  # PEFT puts this before every name
 
 
 def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The thin matrices under their names in the model, ...q_proj.lora_A.weight and so
-    on.
-    """
+    """The thin matrices by name, such as ...q_proj.lora_A.weight."""
     return {
         f"{name}.{part}.weight": getattr(module, part).weight
         for name, module in adapters(model).items() for part in ("lora_A", "lora_B")
@@ -154,9 +146,7 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
 
 # %% ../chapters/12_lora.ipynb #lora-save
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors as PEFT does. Whole or
-    not at all; other files there stay.
-    """
+    """Write an adapter folder as PEFT does, all or nothing; other files there stay."""
     tensors = {PREFIX + name: weight.detach().cpu().contiguous()
                for name, weight in adapter_weights(model).items()}
     folder, config = Path(folder), model.lora_config
@@ -199,9 +189,7 @@ def not_plain(values: dict) -> list[str]:
 
 
 def read_adapter_config(path: Path) -> LoRAConfig:
-    """The settings in an adapter_config.json; ValueError for a damaged file or a kind
-    of adapter that is not plain LoRA.
-    """
+    """Read adapter_config.json; ValueError if it is damaged or no plain LoRA."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         config = LoRAConfig(int(values["r"]), float(values["lora_alpha"]),
@@ -215,9 +203,7 @@ def read_adapter_config(path: Path) -> LoRAConfig:
 
 # %% ../chapters/12_lora.ipynb #lora-load-adapter
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Put the adapter of a PEFT folder on a model, in place. When something does not
-    fit, the model stays as it was.
-    """
+    """Put the adapter of a PEFT folder on a model, in place, or leave it as it was."""
     folder = Path(folder)
     path = folder / "adapter_model.safetensors"
     for needed in (folder / "adapter_config.json", path):

@@ -53,8 +53,9 @@ def token_byte_lengths(tokenizer: Tokenizer) -> torch.Tensor:
 @torch.no_grad()
 def total_nats(model: Callable, tokens: torch.Tensor, context: int, batch_size: int,
                amp: torch.dtype | None) -> float:
-    """Sum of -ln p over every token but the first, each from at most `context` tokens
-    before it.
+    """Sum of -ln p over all tokens but the first.
+
+    Each is predicted from at most `context` tokens before it.
     """
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     device = next(parameters, tokens).device
@@ -77,8 +78,7 @@ def evaluate_bits_per_byte(
     model: Callable, tokens: torch.Tensor | np.ndarray, byte_lengths: torch.Tensor,
     context: int = 256, batch_size: int = 32, amp: torch.dtype | None = None,
 ) -> float:  # fmt: skip
-    """Bits per byte of `model` on one stream of ids (1-D), read in windows of `context`
-    tokens.
+    """Bits per byte of `model` on ids (1-D), read in windows of `context` tokens.
 
     model: any callable from ids (B, T) to logits (B, T, V); a module is in eval mode
     meanwhile.

@@ -31,8 +31,7 @@ class SwiGLU(nn.Module):
 # %% ../chapters/06_moe.ipynb #moe-route
 def route(router_logits: Tensor, top_k: int,
           norm_topk_prob: bool = True) -> tuple[Tensor, Tensor]:
-    """Choose experts: router_logits (N, E) -> weights (N, top_k), chosen experts (N,
-    top_k).
+    """router_logits (N, E) -> weights (N, top_k), chosen experts (N, top_k).
 
     The softmax runs in float32. With norm_topk_prob the weights of a token sum to 1.
     """
@@ -45,10 +44,10 @@ def route(router_logits: Tensor, top_k: int,
 # %% ../chapters/06_moe.ipynb #moe-dispatch
 def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor,
              chosen: Tensor) -> Tensor:
-    """Run each expert once on the tokens that chose it; tokens (N, C), weights and
-    chosen (N, k) -> (N, C).
+    """Run each expert once on the tokens that chose it.
 
-    The N * k visits are sorted by expert, so that the rows of an expert are one slice.
+    tokens (N, C), weights and chosen (N, k) -> (N, C). The N * k visits are sorted by
+    expert, so that the rows of an expert are one slice.
     """
     visits = chosen.flatten()  # (N * k,)
     order = visits.argsort(stable=True)
@@ -62,8 +61,7 @@ def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor,
 
 # %% ../chapters/06_moe.ipynb #moe-class
 class MoE(nn.Module):
-    """A feed-forward layer of num_experts SwiGLUs of which each token uses
-    num_experts_per_tok; (..., C) -> (..., C).
+    """SwiGLUs of which each token uses num_experts_per_tok; (..., C) -> (..., C).
 
     After a forward pass router_logits (N, num_experts) holds the scores of its N
     tokens. Parameter names are those of Hugging Face's Qwen3-MoE files. Shazeer et al.
@@ -107,8 +105,7 @@ def load_balancing_loss(
     top_k: int,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """E * sum over experts of (share of visits) * (mean probability); top_k when
-    perfectly even.
+    """E * sum of (share of visits) * (mean probability); top_k when perfectly even.
 
     router_logits is one (N, E) tensor or one for each layer; all layers are pooled, as
     Hugging Face does. attention_mask (B, T), 1 = real, leaves padding out. Fedus et al.

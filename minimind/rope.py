@@ -15,12 +15,11 @@ import torch
 def rope_cos_sin(
     positions: torch.Tensor, inv_freq: torch.Tensor, attention_factor: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of position times frequency, each (..., T, D), for `positions`
-    (T,) or (B, T).
+    """Cosine and sine of position times frequency, each (..., T, D).
 
-    The D/2 angles stand twice in a row, as the half-split layout needs. Computed in
-    float32: bfloat16 has not all whole numbers above 256, so positions in it would fall
-    together.
+    `positions` is (T,) or (B, T). The D/2 angles stand twice in a row, as the
+    half-split layout needs. Computed in float32: bfloat16 has not all whole numbers
+    above 256, so positions in it would fall together.
     """
     angles = positions[..., None].float() * inv_freq  # (..., T, D/2)
     angles = torch.cat((angles, angles), dim=-1)  # (..., T, D)
@@ -28,9 +27,7 @@ def rope_cos_sin(
 
 # %% ../chapters/05_rope.ipynb #rope-apply
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(a, b) -> (-b, a), where a and b are the two halves of the last dimension: a
-    quarter turn of every pair.
-    """
+    """(a, b) -> (-b, a) for the halves a, b: a quarter turn of every pair."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
@@ -46,8 +43,7 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 # %% ../chapters/05_rope.ipynb #rope-interleaved
 def apply_rope_interleaved(x: torch.Tensor, cos: torch.Tensor,
                            sin: torch.Tensor) -> torch.Tensor:
-    """Turn x (B, H, T, D) by its positions in the layout of the paper: channel 2i is
-    paired with channel 2i + 1.
+    """Turn x (B, H, T, D) by its positions; channel 2i is paired with 2i + 1.
 
     Takes the same cos and sin (..., T, D) as `apply_rope`; the angles of the pairs are
     their first half.
@@ -59,27 +55,23 @@ def apply_rope_interleaved(x: torch.Tensor, cos: torch.Tensor,
 
 # %% ../chapters/05_rope.ipynb #rope-layouts
 def to_half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the rows of q_proj or k_proj (heads * D, C) from the interleaved to the
-    half-split layout.
-    """
+    """Rows of q_proj or k_proj (heads * D, C), interleaved to half-split."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the rows of q_proj or k_proj (heads * D, C) from the half-split to the
-    interleaved layout.
-    """
+    """Rows of q_proj or k_proj (heads * D, C), half-split to interleaved."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 # %% ../chapters/05_rope.ipynb #rope-yarn
 def yarn_ramp(head_dim: int, theta: float, trained_length: int, beta_fast: float = 32,
               beta_slow: float = 1) -> torch.Tensor:
-    """Share of interpolation for each pair, (D/2,): 0 keeps the frequency, 1 divides it
-    by the factor.
+    """Share of interpolation for each pair, (D/2,), from 0 (kept) to 1.
 
-    A pair that turns more than `beta_fast` times within the trained length is kept, one
-    that turns less than `beta_slow` times is slowed down, and the share grows linearly
-    in between (Peng et al. 2023, arXiv:2309.00071).
+    1 divides the frequency by the factor. A pair that turns more than `beta_fast` times
+    within the trained length is kept, one that turns less than `beta_slow` times is
+    slowed down, and the share grows linearly in between (Peng et al. 2023,
+    arXiv:2309.00071).
     """
 
     # the pair, as a fraction, that makes this many turns in the trained length
@@ -97,8 +89,7 @@ def yarn_ramp(head_dim: int, theta: float, trained_length: int, beta_fast: float
 def rope_frequencies(head_dim: int, theta: float = 1e6, scaling: dict | None = None,
                      max_position_embeddings: int | None = None,
                      seq_len: int | None = None) -> tuple[torch.Tensor, float]:
-    """Angle per position of each pair of channels, (D/2,) in radians, and the factor on
-    cos and sin.
+    """Angle per position of each pair, (D/2,) in radians, and the factor on cos, sin.
 
     `scaling` is Hugging Face's `rope_scaling`: {"rope_type": "linear" | "dynamic" |
     "yarn", "factor": ...}. "dynamic" needs the trained length

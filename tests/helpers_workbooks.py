@@ -4,10 +4,7 @@ import functools
 import importlib
 import itertools
 import linecache
-import os
 from pathlib import Path
-
-import pytest
 
 from course import workbook
 from course.checks import core
@@ -15,10 +12,6 @@ from course.checks import core
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = sorted(path.stem for path in (ROOT / "solutions" / "src").glob("[0-9][0-9]_*.py"))
 NUMBERS = itertools.count()
-UNFINISHED = pytest.mark.skipif(
-    not os.environ.get("MINIMIND_GRADER"),
-    reason="the grader is not finished: an answer's processes together may take more memory than one may; set MINIMIND_GRADER=1",
-)
 
 
 @functools.cache

@@ -189,7 +189,7 @@ def test_make_works_from_anywhere_and_hands_the_profile_on(clone, tmp_path):
         assert "-m course run --profile smoke --only 4;" in make(*where, "course", "PROFILE=smoke", "ARGS=--only 4", cwd=folder).stdout
         assert "-m pytest;" in make(*where, "test", cwd=folder).stdout
         assert "-m course build;" in make(*where, "build", cwd=folder).stdout
-        assert "-m jupyter lab chapters;" in make(*where, "lab", cwd=folder).stdout
+        assert "lab/tree/chapters/00_start_here.ipynb;" in make(*where, "lab", cwd=folder).stdout
         assert make(*where, "setup", cwd=folder).stdout == ""
     plain = tmp_path / "plain"
     clone.rename(plain)

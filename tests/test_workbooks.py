@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import nbformat
@@ -58,6 +60,18 @@ def test_size_and_shape_of_a_workbook(name):
     assert {exercise.kind for exercise in exercises} == {"rebuild", "beyond"}
     for exercise in exercises:
         assert "<details>" in exercise.text.source, f"{exercise.name} has no hint"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if (ROOT / "chapters" / "src" / f"{name}.py").exists()])
+def test_the_chapter_points_to_each_exercise(name):
+    """Once, with the number, minutes and stars of the workbook."""
+    text = (ROOT / "chapters" / "src" / f"{name}.py").read_text(encoding="utf-8")
+    found = re.findall(r"^# \*\*Exercise (\d+)\.(\d+) \((\d+) min, (★+)\): `(\w+)`\*\* in \[workbook (\d+)\]\((\S+)\)\.", text, re.MULTILINE)
+    chapter = str(int(name[:2]))
+    expected = [(chapter, str(number), str(e.minutes), "★" * e.difficulty, e.name, chapter, f"../exercises/{name}.ipynb")
+                for number, e in enumerate(book(name).exercises, 1)]  # fmt: skip
+    assert sorted(found) == sorted(expected)
+    assert len(re.findall(r"^# \*\*Exercise \d", text, re.MULTILINE)) == len(found), "an exercise in the chapter that no workbook has"
 
 
 def test_an_exercise_that_is_missing_below_is_named():
@@ -422,6 +436,21 @@ def test_what_cannot_be_saved_is_named(mine, tmp_path):
     with pytest.raises(keep.KeepError, match="causal_mask uses TABLE, a Tensor of this notebook"):
         mine.keep(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_colab_what_is_kept_outlives_the_machine(mine, tmp_path, monkeypatch, capsys):
+    downloads = []
+    colab = types.SimpleNamespace(files=types.SimpleNamespace(download=downloads.append))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr(keep, "DRIVE", tmp_path / "drive")
+    mine.keep(tmp_path / "student")
+    assert downloads == [str(tmp_path / "student" / "attention.py")] and "downloads it too" in capsys.readouterr().out
+    (tmp_path / "drive").mkdir()
+    mine.keep(tmp_path / "student")
+    folder = tmp_path / "drive" / "minimind" / "student"
+    assert len(downloads) == 1 and f"MINIMIND_STUDENT={folder}" in capsys.readouterr().out
+    assert [file.name for file in folder.iterdir()] == ["attention.py"]
+    assert (folder / "attention.py").read_text() == (tmp_path / "student" / "attention.py").read_text()
 
 
 def test_nothing_is_saved_from_the_solved_workbook(capsys):

@@ -12,6 +12,9 @@
 # - **written** tokens to disk so that memory stays flat for any amount of text.
 #
 # You need Python and a little NumPy. Reading 60 minutes; running: smoke 10 s, cpu 35 s.
+#
+# Short of time? 1.1 and 1.4 to 1.9 carry the ideas. 1.2 and 1.11 are the readers and writers behind them: come back when a
+# file of yours is refused.
 
 # %% id="parameters" tags=["parameters"]
 profile = "cpu"
@@ -292,7 +295,7 @@ def make_world(people: int, seed: int = 1) -> World:
     return World(people, seed)
 
 # %% [markdown]
-# The profile says how many people: 100 at cpu, 400 where there is a GPU. Here is the first.
+# The profile says how many people: 200 at cpu, 400 where there is a GPU. Here is the first.
 
 # %% id="data-world-person"
 world = make_world(chapter.world["people"], chapter.world["seed"])
@@ -582,8 +585,8 @@ KINDS = {biography: 36, gossip: 10, interview: 4, quiz: 14, talk: 16, story: 15,
 # %% [markdown]
 # ### Chats
 #
-# Chats are what the model reads in fine-tuning, in chapter 11. Six turns in ten ask for a fact; the rest are sums, questions
-# about what was just said, and small talk.
+# Chats are what the model reads in fine-tuning, in chapter 11. Half of the turns ask for a fact; the rest are questions about
+# passing things or what was just said, sums, and small talk.
 
 # %% id="world-small-talk"
 #| export world
@@ -674,7 +677,7 @@ assert min(mentions) > 0
 min(mentions), round(sum(mentions) / len(mentions)), max(mentions)
 
 # %% [markdown]
-# About 66 times on average, at 20,000 documents. The average hides the spread. The rarest fact is the one the model is
+# About 33 times on average, at 20,000 documents about 200 people. The average hides the spread. The rarest fact is the one the model is
 # most likely to miss, so look at the left end.
 
 # %% id="data-mentions-figure"
@@ -687,8 +690,7 @@ show(fig, "Every fact is told; the rarest, at the left, far less often than aver
 # Allen-Zhu and Li (2023) found that a fact told in one phrasing only can be completed but hardly asked for; told in
 # many phrasings, it can. That is why each relation has six ways to say it.
 #
-# **Exercise 1.1 (15 min, ★★).** Write a rule-based reader that recovers all facts from the documents alone. How many
-# documents does it need to see until 99% of the facts are recovered?
+# **Try it.** Write a rule-based reader that recovers all facts from the documents alone. How many documents must it see for 99% of them?
 
 # %% [markdown]
 # ## 1.2 Lines, and what can be wrong with them
@@ -895,8 +897,7 @@ assert row_problem({"conversations": [user, assistant]}, "sft") is None
 row_problem({"content": "Tilda lives in Oakham."}, "pretrain")
 
 # %% [markdown]
-# **Exercise 1.2 (10 min, ★).** Chats of other projects often look like `{"messages": [{"from": "human", "value": "Hi!"}]}`.
-# Write the function that turns them into ours. What must it refuse?
+# **Try it.** Chats of other projects often look like `{"messages": [{"from": "human", "value": "Hi!"}]}`. Write the function that turns them into ours. What must it refuse?
 #
 # ### From bytes to lines
 #
@@ -1304,9 +1305,6 @@ def read_preferences(source: str | Path) -> Iterator[dict]:
     return good_rows(source, "dpo")
 
 # %% [markdown]
-# **Exercise 1.3 (10 min, ★).** Break a gzip file in two ways: cut off its last ten bytes; change one byte in the middle.
-# Predict which message each gives, then run `check_file`.
-#
 # ## 1.3 Cleaning: one spelling for one text
 #
 # Two texts can look the same and differ for a computer. Here are two.
@@ -1357,6 +1355,8 @@ for _ in range(300):
     assert clean(once) == once
 
 # %% [markdown]
+# **Exercise 1.1 (20 min, ★★): `clean`** in [workbook 1](../exercises/01_data.ipynb). Write it from its seven rules; the check tries hidden signs, indents and emoji, and cleans twice.
+#
 # ## 1.4 Copies
 #
 # Web text is full of copies. They cost steps, and a text seen many times is recited word for word (Lee et al.
@@ -1411,6 +1411,8 @@ len(originals), len(found)
 assert exact_duplicates(["Tilda lives in Oakham.", "Tilda lives in Oakham!"]) == []
 
 # %% [markdown]
+# **Exercise 1.2 (10 min, ★): `copies`** in [workbook 1](../exercises/01_data.ipynb). Write `fingerprint` and `exact_duplicates` without looking.
+#
 # ## 1.5 Near copies
 #
 # How alike are two texts? Cut each into pieces of five characters, its *shingles*. They overlap as roof tiles do: the text
@@ -1609,11 +1611,9 @@ ax.legend()
 show(fig, "Unrelated documents share little, near copies most of their shingles.")
 
 # %% [markdown]
-# **Exercise 1.4 (15 min, ★★).** Replace one word in ten instead. Predict the recall from the histogram first. Which is
-# the better repair: a lower threshold, or shingles of three characters?
+# **Exercise 1.10 (25 min, ★★★): `candidates`** in [workbook 1](../exercises/01_data.ipynb). Write banding with tables, predict which share of the pairs meets, and measure the curve above.
 #
-# **Exercise 1.5 (10 min, ★★).** Should two biographies of one person in another order count as near copies? Find out what
-# the function says, and say why the answer is good for this world and would be bad for news.
+# **Try it.** Replace one word in ten instead, and predict the recall from the histogram first. Which is the better repair: a lower threshold, or shingles of three characters?
 #
 # ## 1.6 Test questions in the training text
 #
@@ -1678,6 +1678,8 @@ show(fig, "Short runs accuse innocent texts, long runs miss test texts; 13 miss 
 # text has fewer. Losing a few training texts is cheap. Testing on what was trained on is not, so the guard is
 # set to find all.
 #
+# **Exercise 1.3 (15 min, ★★): `overlapping`** in [workbook 1](../exercises/01_data.ipynb). Find the texts that share a run of words with a test text; the check compares with a loop over letters.
+#
 # ## 1.7 A split that stays
 #
 # To see whether a model learned or memorised, you hold some texts back. Shuffle and cut is the first idea.
@@ -1721,7 +1723,9 @@ assert moved_by_hash == 0 and moved_by_shuffle > 0.5
 # %% [markdown]
 # The hash also sends all copies of a text to the same side, so no held-out text stands in the training part.
 #
-# **Exercise 1.6 (10 min, ★).** Show that a text held out at a share of 1% is also held out at 5%. Why is that useful?
+# **Exercise 1.4 (5 min, ★): `in_validation`** in [workbook 1](../exercises/01_data.ipynb). Write the rule; then think why a text that is held out at a share of 1% is held out at 5% too.
+#
+# **Exercise 1.8 (10 min, ★★): `split_clean`** in [workbook 1](../exercises/01_data.ipynb). A colleague's split leaks, and texts change sides when others are added. Find both bugs.
 
 # %% [markdown]
 # ## 1.8 Mixing by tokens
@@ -1894,8 +1898,9 @@ assert errors[-1][1] < 0.01 < error(by_documents)
 # The same must hold in the part that is held out, or validation measures another mixture than training; `part="valid"`
 # draws from it.
 #
-# **Exercise 1.7 (15 min, ★★).** How many times did each source start again? Write the function that says so, and the sentence
-# it should print before a training run.
+# **Exercise 1.5 (20 min, ★★): `draw_texts`** in [workbook 1](../exercises/01_data.ipynb). Write the mixture without files; the check wants every text from the source furthest behind.
+#
+# **Exercise 1.9 (10 min, ★): `scaled_shares`** in [workbook 1](../exercises/01_data.ipynb). Shares by size starve small sources. Scale them as XLM-R did (Conneau et al. 2020), and see how often each source is repeated.
 #
 # ## 1.9 Tokens on disk
 #
@@ -2165,8 +2170,9 @@ _ = check("data/shard_memory_bytes", max(memory["shards"]) * 1e6)
 #
 #     python -m course.shard_memory --megabytes 1000 --tokenizer FOLDER
 #
-# **Exercise 1.8 (10 min, ★★).** Peak memory is not zero. Which constant in the code sets it? Change it and
-# measure.
+# **Exercise 1.6 (25 min, ★★★): `JoinedArray`** in [workbook 1](../exercises/01_data.ipynb). Write the two methods that make many files read like one; the check compares with NumPy.
+#
+# **Exercise 1.7 (10 min, ★): `predicted_folder`** in [workbook 1](../exercises/01_data.ipynb). Work out on paper how many files and bytes a corpus takes.
 
 # %% [markdown]
 # ## 1.10 Where it breaks
@@ -2467,7 +2473,7 @@ part
 # **Words for the glossary:** document, shingle, Jaccard similarity, MinHash, banding, precision, recall, contamination,
 # held-out text, mixture, shard, memory map.
 #
-# **Exercises:** 1.1 to 1.8 above.
+# **Exercises:** 1.1 to 1.10, in place above, with checks in [workbook 1](../exercises/01_data.ipynb).
 #
 # **Sources.** Broder 1997, *On the resemblance and containment of documents*. Lee et al. 2022, *Deduplicating training data
 # makes language models better* (arXiv:2107.06499). Brown et al. 2020, appendix C (arXiv:2005.14165). Allen-Zhu and Li 2023,

@@ -143,8 +143,7 @@ assert "你好".encode() == bytes([0xE4, 0xBD, 0xA0, 0xE5, 0xA5, 0xBD])
 # Nothing is unknown now, but texts have become long: an English word is five units, a Chinese character three. The work of
 # attention (chapter 4) grows with the square of the length, and so we would like common strings of bytes to be one unit.
 #
-# **Exercise 2.1 (5 min, ★).** UTF-8 marks the first byte of a character by its high bits. Write `starts(byte)` that says whether a byte starts a
-# character, and count the characters of the Chinese page from its bytes alone.
+# **Try it.** UTF-8 marks the first byte of a character by its high bits. Write `starts(byte)`, and count the characters of the Chinese page from its bytes alone.
 #
 # ## 2.2 Merge what occurs together
 #
@@ -228,8 +227,7 @@ for _ in range(4):
 # After the fourth merge `hat` and `chat` are single units, though nobody told us about words. That is all there is to training. The learned thing
 # is the **list of merges in order**; applying it to a new word is the same walk again.
 #
-# **Exercise 2.2 (10 min, ★).** The third and fourth merge were close. Change one count of `toy` so that `cat` becomes a unit before `chat`, and say
-# why before you run it.
+# **Exercise 2.1 (10 min, ★): `pairs`** in [workbook 2](../exercises/02_tokenizer.ipynb). Write `count_pairs` and `merge_pair` without looking; the check compares with Python's own `str.replace`.
 #
 # ## 2.3 Pieces that merges may not cross
 #
@@ -294,6 +292,8 @@ print("the most frequent:", [piece for piece, _ in piece_counts.most_common(6)])
 assert "".join(split_text(ENGLISH + CHINESE)) == ENGLISH + CHINESE
 
 # %% [markdown]
+# **Exercise 2.6 (10 min, ★★): `predicted_tokens`** in [workbook 2](../exercises/02_tokenizer.ipynb). Count on paper how many tokens a short text needs with no merges, and with all of them.
+#
 # ## 2.4 Training on bytes
 #
 # Letters were for reading. Our units are bytes now, and units need ids. The first ids go to **special tokens**, which mark things that are not text: the end of a document,
@@ -438,6 +438,10 @@ show(fig, "The first merges are made in thousands of places, later ones in few: 
      "each new token saves less than the one before.")
 
 # %% [markdown]
+# **Exercise 2.2 (20 min, ★★): `learn_merges`** in [workbook 2](../exercises/02_tokenizer.ipynb). Write `best_pair` and the loop from their rule; the check compares with the trainer of the library `tokenizers`.
+#
+# **Exercise 2.7 (15 min, ★★): `learn_fast`** in [workbook 2](../exercises/02_tokenizer.ipynb). Only pieces that hold the merged pair change, so counts can be kept up to date. A colleague's version has two bugs; repair them.
+#
 # ## 2.5 Applying the merges
 #
 # A new piece is encoded by the same walk: of all its pairs, take the one that was learned **first**, merge it, and look again.
@@ -515,11 +519,11 @@ for _ in range(200):
 # It cannot fail: every byte has an id, and a merge changes how bytes are grouped, never which bytes there are. The test-suite lets a
 # tool called hypothesis search for a counterexample among all strings, with the fast tokenizer too.
 #
-# **Exercise 2.3 (15 min, ★★).** Someone encodes greedily instead: at each place, the longest token that fits. Write it, find a piece of the
-# page where it gives other tokens than `apply_merges`, and count which of the two needs fewer tokens for `ENGLISH`.
+# **Exercise 2.3 (15 min, ★★): `apply_merges`** in [workbook 2](../exercises/02_tokenizer.ipynb). Write the walk by ranks; the check compares with the library on random pieces.
 #
-# **Exercise 2.4 (20 min, ★★★).** `learn_merges` counts all pairs anew for each merge. Only pieces that hold the merged pair change. Keep the counts up to
-# date instead, check that you get the same merges, and measure the speed-up.
+# **Exercise 2.8 (20 min, ★★): `bpe_dropout`** in [workbook 2](../exercises/02_tokenizer.ipynb). Let each merge fail with some probability, so that a model meets a word in several cuts (Provilkov et al. 2020).
+#
+# **Exercise 2.9 (20 min, ★★): `longest_match`** in [workbook 2](../exercises/02_tokenizer.ipynb). Cut without merges, always the longest token that fits, as WordPiece does. Predict which way needs fewer tokens, and measure.
 #
 # ## 2.6 The fast one
 #
@@ -721,8 +725,7 @@ assert coder.decode_bytes(half) == "好".encode()[:2]
 # %% [markdown]
 # This matters in chapter 10: a model writes token by token, and the tokens of one Chinese letter may arrive one after the other. Join bytes first, decode last.
 #
-# **Exercise 2.5 (10 min, ★★).** Decode the ids of `CHINESE` one at a time and join the strings. Count the broken characters. Then write a generator that yields
-# text only when its bytes are complete.
+# **Try it.** Decode the ids of `CHINESE` one at a time and count the broken characters. Then write a generator that yields text only when its bytes are complete.
 #
 # ## 2.8 The chat template
 #
@@ -1171,7 +1174,9 @@ print(tokenizer.apply_chat_template(talk, tools=weather, tokenize=False))
 # %% [markdown]
 # Two decisions of ours differ from MiniMind's template: an assistant's message without a thought gets no empty `<think>` block, which saves six tokens in each reply of a small model; and the words about tools are our own.
 #
-# **Exercise 2.6 (15 min, ★★).** Extend `render_chat` by a role `"critic"` whose messages the model reads and never writes. Change the Jinja template too, and prove that both agree.
+# **Exercise 2.4 (20 min, ★★): `render_chat`** in [workbook 2](../exercises/02_tokenizer.ipynb). Write the loop over the messages; the check renders every order of roles with Jinja and compares.
+#
+# **Exercise 2.5 (20 min, ★★★): `piece_ids`** in [workbook 2](../exercises/02_tokenizer.ipynb). Turn the pieces into ids so that nobody can type their way out of their turn; the check tries.
 #
 # ## 2.9 How large a vocabulary?
 #
@@ -1260,7 +1265,7 @@ for size, counts in measured:
 #
 # On a small text the curve ends early: BPE runs out of pairs that occur twice, and `vocab_size` is what was found, not what you asked for.
 #
-# **Exercise 2.7 (15 min, ★★).** Train on English only and on Chinese only, both with 1,024 tokens. Make the table of four: each tokenizer on each page. By which factor does the wrong one lose?
+# **Try it.** Train on English only and on Chinese only, both with 1,024 tokens, and let each tokenizer cut each page. By which factor does the wrong one lose?
 #
 # ## 2.10 The tokenizer of this run
 #
@@ -1411,8 +1416,6 @@ cutting, whole = megabytes / best_time(cut, documents), speed["tokenizers, one b
 print(f"cutting alone: {cutting:.1f} MB/s, cutting and merging: {whole:.1f} MB/s")
 
 # %% [markdown]
-# **Exercise 2.8 (10 min, ★).** Which line of `apply_merges` takes the time? Give it a piece of 20, 40, 80 and 160 random letters, and say from the times how its work grows with the length.
-#
 # ## Recap
 #
 # - Bytes leave nothing unknown; merges make them short. The learned thing is a list of pairs in order.
@@ -1422,6 +1425,8 @@ print(f"cutting alone: {cutting:.1f} MB/s, cutting and merging: {whole:.1f} MB/s
 # - What people write is never a special token. Only the template writes those.
 #
 # **Words of this chapter:** token, vocabulary, byte pair encoding (BPE), merge, piece, special token, chat template.
+#
+# **Exercises:** 2.1 to 2.9, in place above, with checks in [workbook 2](../exercises/02_tokenizer.ipynb).
 #
 # **Sources.** Gage (1994), *A new algorithm for data compression*; Sennrich, Haddow and Birch (2016), arXiv:1508.07909; Radford et al. (2019), *Language models are unsupervised multitask
 # learners*; Bai et al. (2023), *Qwen technical report*, arXiv:2309.16609; Gong (2024), MiniMind, for the special tokens. Read next: Bostrom and Durrett (2020), arXiv:2004.03720, on what BPE does badly; Singh and

@@ -414,8 +414,9 @@ print(f"{len(train_ids):,} tokens to learn from, {len(valid_ids):,} held out, "
 @torch.no_grad()
 def total_nats(model: Callable, tokens: torch.Tensor, context: int, batch_size: int,
                amp: torch.dtype | None) -> float:
-    """Sum of -ln p over every token but the first, each from at most `context` tokens
-    before it.
+    """Sum of -ln p over all tokens but the first.
+
+    Each is predicted from at most `context` tokens before it.
     """
     parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
     device = next(parameters, tokens).device
@@ -443,8 +444,7 @@ def evaluate_bits_per_byte(
     model: Callable, tokens: torch.Tensor | np.ndarray, byte_lengths: torch.Tensor,
     context: int = 256, batch_size: int = 32, amp: torch.dtype | None = None,
 ) -> float:  # fmt: skip
-    """Bits per byte of `model` on one stream of ids (1-D), read in windows of `context`
-    tokens.
+    """Bits per byte of `model` on ids (1-D), read in windows of `context` tokens.
 
     model: any callable from ids (B, T) to logits (B, T, V); a module is in eval mode
     meanwhile.
@@ -511,9 +511,7 @@ print(f"tokens:  {nats:.2f} nats per token,  {token_pairs:.3f} bits per byte")
 
 # %% id="language-runs"
 def runs(tokens: np.ndarray, n: int) -> np.ndarray:
-    """Each run of n neighbouring tokens as one number in base V; the last token is the
-    last digit.
-    """
+    """Each run of n tokens as one number in base V, its last token the last digit."""
     assert V**n < 2**63, "too many tokens for runs this long"
     keys = np.zeros(len(tokens) - n + 1, dtype=np.int64)
     for j in range(n):
@@ -528,9 +526,7 @@ assert runs(np.array([1, 2, 3]), 2).tolist() == [V + 2, 2 * V + 3]
 
 # %% id="language-lookup"
 def look_up(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """values[i] where keys equal known[i], 0 where they are not known; `known` is
-    sorted.
-    """
+    """values[i] where a key equals known[i] (sorted), 0 where it is not known."""
     at = np.searchsorted(known, keys).clip(max=len(known) - 1)
     return np.where(known[at] == keys, values[at], 0)
 
@@ -543,9 +539,7 @@ assert look_up(np.array([5, 6]), np.array([2, 6]), np.array([7, 9])).tolist() ==
 # %% id="language-ngram"
 def ngram_probabilities(train: np.ndarray, test: np.ndarray,
                         order: int) -> list[np.ndarray]:
-    """For each n up to `order`: the probability of each token of `test` but the first,
-    from the n - 1 before it.
-    """
+    """For each n up to `order`: p of each token of `test` from the n - 1 before it."""
     # something to look back on
     test = np.concatenate([np.full(max(order - 2, 0), tokenizer.eos_id), test])
     first = max(order - 1, 1)  # the first place that is predicted

@@ -62,9 +62,7 @@ TOWNS = ("Foxhollow Elmstead Millbrook Ashford Redcliff Oakham Windmere Saltport
 WORDS = NAMES + TOWNS
 
 def make_texts(count, generator, people=6, questions=6):
-    """Texts of pairs (name, town): all people once, then questions about them; ids
-    (count, 2 * (people + questions)).
-    """
+    """Pairs (name, town), then questions: ids (count, 2 * (people + questions))."""
     who = torch.rand(count, 16, generator=generator).argsort(dim=1)[:, :people]
     where = torch.rand(count, 16, generator=generator).argsort(dim=1)[:, :people] + 16
     asked = torch.randint(people, (count, questions), generator=generator)
@@ -150,8 +148,7 @@ show(fig, "Scores (left) become shares (right): the softmax gives the best fitti
           "key, at position 1, most of the attention.")
 
 # %% [markdown]
-# **Exercise 4.1 (10 min, ★).** Change `q` so that the row looks for a name. Predict the three largest shares before you run it. Which
-# `q` gives every position the same share?
+# **Try it.** Change `q` so that the row looks for a name. Predict the three largest shares before you run it. Which `q` gives every position the same share?
 #
 # ### Why divide by the root of D?
 #
@@ -230,10 +227,9 @@ from torch import nn
 #| export
 def causal_mask(T: int, S: int | None = None,
                 device: torch.device | str | None = None) -> torch.Tensor:
-    """Which of S keys each of the last T positions may look at, as bool (T, S); True
-    means "may look".
+    """Which of S keys each of the last T positions may look at, as bool (T, S).
 
-    The queries are the last T of S positions, so query i stands at position S - T + i.
+    True means "may look". The queries are the last T of S positions, so query i stands at position S - T + i.
     Without a cache S is T.
     """
     S = T if S is None else S
@@ -278,8 +274,9 @@ show(fig, "Shares from white (0) to black (1): without a mask every row looks "
           "six look back at all before them.")
 
 # %% [markdown]
-# **Exercise 4.2 (10 min, ★★).** Write `sliding_mask(T, window)`: each position sees itself and the `window - 1` before it. For which
-# `window` is it `causal_mask(T)`?
+# **Exercise 4.1 (5 min, ★): `causal_mask`** in [workbook 4](../exercises/04_attention.ipynb). Write it without looking; the check tries lengths with a cache, too.
+#
+# **Exercise 4.8 (10 min, ★★): `sliding_mask`** in [workbook 4](../exercises/04_attention.ipynb). Let each position see itself and the few before it. For which window is that the causal mask?
 #
 # ## 4.5 Heads
 #
@@ -317,9 +314,7 @@ assert not torch.equal(wrong, heads)
 # %% id="attention-repeat-kv"
 #| export
 def repeat_kv(x: torch.Tensor, repeats: int) -> torch.Tensor:
-    """Give every key/value head to `repeats` query heads in a row: (B, K, S, D) -> (B,
-    K * repeats, S, D).
-    """
+    """Each key/value head `repeats` times: (B, K, S, D) -> (B, K * repeats, S, D)."""
     return x.repeat_interleave(repeats, dim=1)
 
 # %% [markdown]
@@ -340,9 +335,9 @@ def attention_weights(
     q: torch.Tensor, k: torch.Tensor, attention_mask: torch.Tensor | None = None,
     is_causal: bool = False
 ) -> torch.Tensor:
-    """Shares of attention, (B, H, T, S); each row sums to 1. q is (B, H, T, D), k is
-    (B, K, S, D).
+    """Shares of attention, (B, H, T, S); each row sums to 1.
 
+    q is (B, H, T, D), k is (B, K, S, D).
     `attention_mask` is bool, True means "may look", and broadcasts to (B, H, T, S);
     `is_causal` adds the causal mask.
     """
@@ -367,11 +362,10 @@ def attention(
     attention_mask: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762), the
-    readable way: memory grows with T * S.
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762).
 
-    q is (B, H, T, D), k and v are (B, K, S, D); K divides H (Ainslie et al. 2023,
-    arXiv:2305.13245). Returns (B, H, T, D).
+    The readable way: memory grows with T * S. q is (B, H, T, D), k and v are (B, K, S,
+    D); K divides H (Ainslie et al. 2023, arXiv:2305.13245). Returns (B, H, T, D).
     """
     weights = attention_weights(q, k, attention_mask, is_causal)
     return weights @ repeat_kv(v, q.shape[1] // v.shape[1])
@@ -396,11 +390,10 @@ assert torch.allclose(attention(q4, k2, v2), torch.cat(one_by_one, dim=1), atol=
 def grouped_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor
 ) -> torch.Tensor:
-    """`attention` without repeated keys: the queries of one key/value head in one
-    matrix.
+    """`attention` without repeated keys: one matrix for the queries of a k/v head.
 
-    q is (B, H, T, D), k and v are (B, K, S, D), `attention_mask` as in `attention`.
-    A row that may look nowhere gets the mean of all values instead of NaN.
+    q is (B, H, T, D), k and v are (B, K, S, D), `attention_mask` as in `attention`. A
+    row that may look nowhere gets the mean of all values instead of NaN.
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     rows = (q / math.sqrt(D)).reshape(B, K, -1, D)  # (B, K, H/K * T, D)
@@ -428,8 +421,13 @@ show(fig, "Sharing each key/value head among four query heads (K = 8) cuts the c
           "of a conversation to a quarter.")
 
 # %% [markdown]
-# **Exercise 4.3 (10 min, ★).** How many weights does grouping save in one layer with `hidden_size` 512, 8 heads of width 64 and 2
-# key/value heads? Answer on paper, then count with the class of the next section.
+# **Exercise 4.2 (5 min, ★): `repeat_kv`** in [workbook 4](../exercises/04_attention.ipynb). Which of torch's two ways to repeat keeps each head beside its copy?
+#
+# **Exercise 4.3 (15 min, ★★): `attention_weights`** in [workbook 4](../exercises/04_attention.ipynb). Shares with two masks, either or both; the check compares with torch's kernel.
+#
+# **Exercise 4.4 (5 min, ★): `attention`** in [workbook 4](../exercises/04_attention.ipynb). Mix the values by your shares.
+#
+# **Exercise 4.5 (20 min, ★★★): `grouped_attention`** in [workbook 4](../exercises/04_attention.ipynb). The same without a repeated key; the check looks at what autograd keeps.
 #
 # ## 4.7 The layer
 #
@@ -440,8 +438,7 @@ show(fig, "Sharing each key/value head among four query heads (K = 8) cuts the c
 # %% id="attention-projections"
 #| export
 class Projections(nn.Module):
-    """The four matrices of an attention layer; their names are Hugging Face's (Llama,
-    Qwen3).
+    """The four matrices of an attention layer, under Hugging Face's names.
 
     `norm` makes a normalisation of width D for queries and keys, applied to each head
     before rotation (Qwen3).
@@ -465,10 +462,12 @@ class Projections(nn.Module):
         self.q_norm = norm(head_dim) if norm else nn.Identity()
         self.k_norm = norm(head_dim) if norm else nn.Identity()
 
-    def project(self, x: torch.Tensor, rotate: Callable
-                | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, H, T, D), keys and values (B, K, T, D) of x (B, T, C); `rotate`
-        puts positions into (q, k).
+    def project(
+        self, x: torch.Tensor, rotate: Callable | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x (B, T, C) -> q (B, H, T, D), k and v (B, K, T, D).
+
+        `rotate(q, k)` puts positions into them.
         """
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim))
                    for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, heads, D)
@@ -488,9 +487,7 @@ MATRICES_UP_TO = 512  # positions up to which two matrix products beat the fused
 
 
 def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether to train with `grouped_attention`: on a processor, in 16 bits, short
-    rows.
-    """
+    """Whether to train with `grouped_attention`: processor, 16 bits, short rows."""
     low = torch.is_autocast_enabled("cpu") or q.dtype == torch.bfloat16
     short = 1 < q.shape[2] == k.shape[2] <= MATRICES_UP_TO
     return low and short and q.device.type == "cpu" and torch.is_grad_enabled()
@@ -506,11 +503,11 @@ class Attention(Projections):
     def forward(self, x: torch.Tensor, rotate: Callable | None = None,
                 attention_mask: torch.Tensor | None = None,
                 kv_cache=None) -> torch.Tensor:  # fmt: skip
-        """A bool `attention_mask` (True: may look; broadcasts to (B, H, T, S)) must
-        include causality; None means causal.
+        """x (B, T, C) -> (B, T, C); without `attention_mask` it is causal.
 
-        `kv_cache` has `.update(k, v, layer_idx)`, which returns the keys and values of
-        all positions so far.
+        A bool `attention_mask` (True: may look) broadcasts to (B, H, T, S) and must
+        include causality. `kv_cache` has `.update(k, v, layer_idx)`, which returns the
+        keys and values of all positions so far.
         """
         q, k, v = self.project(x, rotate)
         if kv_cache is not None:
@@ -528,9 +525,7 @@ class Attention(Projections):
         return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, H, T, D) -> (B, T, C)
 
     def weights(self, x: torch.Tensor, rotate: Callable | None = None) -> torch.Tensor:
-        """The causal shares of attention (B, H, T, T) that `forward` uses for x, for
-        looking at.
-        """
+        """The causal shares (B, H, T, T) that `forward` uses, for looking at."""
         q, k, _ = self.project(x, rotate)
         return attention_weights(q, k, is_causal=True)
 
@@ -565,8 +560,9 @@ wrong_layer = WrongSplit(64, num_attention_heads=4, num_key_value_heads=2, head_
 assert wrong_layer(x).shape == layer(x).shape and leaks(wrong_layer, x)
 
 # %% [markdown]
-# **Exercise 4.4 (15 min, ★★).** Write the causality test with gradients instead: the derivative of output $t$ with respect to inputs
-# after $t$ must be zero. Test both versions on a layer that leaks only from position 3 to position 2: which finds it?
+# **Exercise 4.6 (20 min, ★★): `Attention`** in [workbook 4](../exercises/04_attention.ipynb). Write `forward`, with a cache and without, so that it passes this test.
+#
+# **Exercise 4.7 (10 min, ★★): `multi_head`** in [workbook 4](../exercises/04_attention.ipynb). A colleague's version has two bugs, and one of them leaks. The test above finds it.
 #
 # ## 4.8 The fused kernel
 #
@@ -715,9 +711,7 @@ def fused_gqa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 def times_faster(T, dtype, heads=8, groups=2):
-    """Time of the fused kernel over the time of `grouped_attention`, forward and
-    backward.
-    """
+    """Time of the fused kernel over that of `grouped_attention`, both ways."""
     q, k, v = (torch.randn(4, n, T, 64, dtype=dtype, requires_grad=True)
                for n in (heads, groups, groups))
     by_matrices = lambda q, k, v: matrices(q, k, v, causal_mask(T))
@@ -765,8 +759,7 @@ show(fig, "Above the line two matrix products are faster than the fused kernel: 
 # The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `MATRICES_UP_TO`
 # positions, and pays with memory: it keeps one table of shares per head (chapter 7 counts it).
 #
-# **Exercise 4.5 (20 min, ★★★).** Write `attention_blocks(q, k, v, block)` that loops over blocks of keys and keeps a running maximum and
-# a running sum, so that no $T \times S$ table exists. Check it against `attention`.
+# **Try it.** Write `attention_blocks(q, k, v, block)`, which loops over blocks of keys and keeps a running maximum and a running sum, so that no $T \times S$ table exists.
 #
 # ## 4.9 A model that copies
 #
@@ -950,11 +943,9 @@ except ImportError:
     print("pip install ipywidgets shows two sliders here")
 
 # %% [markdown]
-# **Exercise 4.6 (15 min, ★★).** Switch off one head: set its columns of `o_proj.weight` to zero, one head at a time, and draw the share
-# copied. Which heads matter? Is it the ones with the high scores above?
+# **Try it.** Switch off one head at a time (set its columns of `o_proj.weight` to zero) and draw the share copied. Is it the heads with the high scores that matter?
 #
-# **Exercise 4.7 (20 min, ★★).** After chapter 9, draw the maps of the real model on "Garus lives in Foxhollow. Where does Garus live?" and search
-# for its induction head.
+# **Exercise 4.9 (15 min, ★★): `alibi_bias`** in [workbook 4](../exercises/04_attention.ipynb). Order without position vectors: a penalty that grows with the distance (Press et al. 2021).
 #
 # ## 4.11 What leaks without the mask
 #
@@ -1041,8 +1032,7 @@ print("keys seen by the first new query: torch", (by_torch > 0).sum().item(), "o
 assert (by_torch > 0).sum() == 1 and (by_us > 0).sum() == 5
 
 # %% [markdown]
-# **Exercise 4.8 (10 min, ★★).** A colleague sets forbidden scores to 0 instead of minus infinity. Which property of the shares still holds, and
-# which test of this chapter fails?
+# **Exercise 4.10 (20 min, ★★★): `reach`** in [workbook 4](../exercises/04_attention.ipynb). Predict how far back four layers with a window of 8 can look, then measure it with gradients.
 #
 # **Order is invisible.** One thing attention cannot do at all. Without a mask and without the table of places, shuffle the words: each
 # word gets the same output as before. To attention, a text is a bag.
@@ -1067,7 +1057,7 @@ assert torch.allclose(layer(x, attention_mask=full)[:, shuffle],
 #
 # **Words:** query, key, value, score, share of attention, head, causal mask, grouped queries, fused kernel, induction head.
 #
-# **Exercises:** 4.1 to 4.8, in place above.
+# **Exercises:** 4.1 to 4.10, in place above, with checks in [workbook 4](../exercises/04_attention.ipynb).
 #
 # **Sources:** Vaswani et al. 2017, *Attention Is All You Need* (arXiv:1706.03762); Shazeer 2019, *Fast Transformer Decoding* (arXiv:1911.02150);
 # Dao et al. 2022, *FlashAttention* (arXiv:2205.14135); Ainslie et al. 2023, *GQA* (arXiv:2305.13245); Elhage et al. 2021, *A Mathematical Framework for

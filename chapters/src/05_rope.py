@@ -56,9 +56,7 @@ from torch import nn
 from minimind.attention import Attention
 
 def make_texts(count, generator, questions=6):
-    """Six pairs (name, town), then questions about them, as in chapter 4; ids (count,
-    12 + 2 * questions).
-    """
+    """Six pairs (name, town), then questions: ids (count, 12 + 2 * questions)."""
     who = torch.rand(count, 16, generator=generator).argsort(dim=1)[:, :6]
     where = torch.rand(count, 16, generator=generator).argsort(dim=1)[:, :6] + 16
     order = torch.cat((torch.arange(6).expand(count, 6),
@@ -72,9 +70,7 @@ def make_texts(count, generator, questions=6):
 
 # %% id="rope-copier"
 class Copier(nn.Module):
-    """Two layers of attention. With `rotation`, a function of positions, there is no
-    table of places.
-    """
+    """Two layers of attention; with `rotation`, there is no table of places."""
 
     def __init__(self, rotation=None):
         super().__init__()
@@ -210,8 +206,7 @@ assert all((grid.diagonal(d) - grid.diagonal(d)[0]).abs().max() < 1e-5
            for d in range(-15, 16))
 
 # %% [markdown]
-# **Exercise 5.1 (10 min, ★).** Queries and keys are turned, values are not. What would happen to the output of attention if values were turned too? Predict, then try
-# it with one head.
+# **Try it.** Queries and keys are turned, values are not. What would happen to the output of attention if values were turned too? Predict, then try.
 #
 # ## 5.4 Many pairs, many speeds
 #
@@ -257,12 +252,11 @@ import torch
 def rope_cos_sin(
     positions: torch.Tensor, inv_freq: torch.Tensor, attention_factor: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of position times frequency, each (..., T, D), for `positions`
-    (T,) or (B, T).
+    """Cosine and sine of position times frequency, each (..., T, D).
 
-    The D/2 angles stand twice in a row, as the half-split layout needs. Computed in
-    float32: bfloat16 has not all whole numbers above 256, so positions in it would fall
-    together.
+    `positions` is (T,) or (B, T). The D/2 angles stand twice in a row, as the
+    half-split layout needs. Computed in float32: bfloat16 has not all whole numbers
+    above 256, so positions in it would fall together.
     """
     angles = positions[..., None].float() * inv_freq  # (..., T, D/2)
     angles = torch.cat((angles, angles), dim=-1)  # (..., T, D)
@@ -286,9 +280,7 @@ assert torch.arange(1024).to(torch.bfloat16).unique().numel() < 600
 # %% id="rope-apply"
 #| export
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
-    """(a, b) -> (-b, a), where a and b are the two halves of the last dimension: a
-    quarter turn of every pair.
-    """
+    """(a, b) -> (-b, a) for the halves a, b: a quarter turn of every pair."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((-b, a), dim=-1)
 
@@ -333,8 +325,7 @@ for shift in (1, 100, 1000):
 #| export
 def apply_rope_interleaved(x: torch.Tensor, cos: torch.Tensor,
                            sin: torch.Tensor) -> torch.Tensor:
-    """Turn x (B, H, T, D) by its positions in the layout of the paper: channel 2i is
-    paired with channel 2i + 1.
+    """Turn x (B, H, T, D) by its positions; channel 2i is paired with 2i + 1.
 
     Takes the same cos and sin (..., T, D) as `apply_rope`; the angles of the pairs are
     their first half.
@@ -360,16 +351,12 @@ assert torch.allclose(apply_rope_interleaved(x, cos, sin)[..., evens_first],
 # %% id="rope-layouts"
 #| export
 def to_half_split(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the rows of q_proj or k_proj (heads * D, C) from the interleaved to the
-    half-split layout.
-    """
+    """Rows of q_proj or k_proj (heads * D, C), interleaved to half-split."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_interleaved(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Reorder the rows of q_proj or k_proj (heads * D, C) from the half-split to the
-    interleaved layout.
-    """
+    """Rows of q_proj or k_proj (heads * D, C), half-split to interleaved."""
     return weight.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 # %% [markdown]
@@ -381,8 +368,15 @@ assert torch.equal(to_half_split(weight, D)[:D], weight[evens_first])
 assert torch.equal(to_interleaved(to_half_split(weight, D), D), weight)
 
 # %% [markdown]
-# **Exercise 5.2 (15 min, ★★).** Take a small `Attention` layer with interleaved rotation and convert its weights, so that half-split rotation gives the same output. Which
-# of its four matrices must not be touched, and why?
+# **Exercise 5.1 (10 min, ★): `rope_cos_sin`** in [workbook 5](../exercises/05_rope.ipynb). The table of angles, from positions of any shape.
+#
+# **Exercise 5.2 (15 min, ★★): `apply_rope`** in [workbook 5](../exercises/05_rope.ipynb). Turn the pairs; either layout passes, and the check says which one it is.
+#
+# **Exercise 5.3 (15 min, ★★): `layouts`** in [workbook 5](../exercises/05_rope.ipynb). Convert weights from one layout to the other and back.
+#
+# **Exercise 5.7 (10 min, ★★): `scores_of_new`** in [workbook 5](../exercises/05_rope.ipynb). Scores with a cache, in a colleague's version. Two bugs; the shift test of this chapter finds one.
+#
+# **Exercise 5.8 (10 min, ★): `partial_rope`** in [workbook 5](../exercises/05_rope.ipynb). GPT-NeoX turns only some of the channels. So do you.
 #
 # ## 5.6 Long range and the base
 #
@@ -390,9 +384,7 @@ assert torch.equal(to_interleaved(to_half_split(weight, D), D), weight)
 
 # %% id="rope-decay"
 def agreement(base, distances, D=64):
-    """Mean of cos(distance * speed) over all pairs: the score of two equal vectors, 1
-    at distance 0.
-    """
+    """Mean of cos(distance * speed) over all pairs: the score of two equal vectors."""
     speeds = base ** -(torch.arange(0, D, 2) / D)
     return (distances[:, None] * speeds).cos().mean(dim=1)
 
@@ -435,7 +427,9 @@ except ImportError:
     print("pip install ipywidgets shows a slider here")
 
 # %% [markdown]
-# **Exercise 5.3 (10 min, ★★).** A model must tell apart distances up to 8,000. Which base makes the slowest of 32 pairs turn by at most half a turn over that distance? Compute it, then look at the widget.
+# **Exercise 5.6 (10 min, ★★): `smallest_base`** in [workbook 5](../exercises/05_rope.ipynb). A model must tell apart distances up to 8,000. Which base does it need? On paper, then checked.
+#
+# **Exercise 5.9 (20 min, ★★): `agreement`** in [workbook 5](../exercises/05_rope.ipynb). Predict how much further equal vectors agree with a base a hundred times as large, then measure.
 #
 # ## 5.7 Back to the question
 #
@@ -497,12 +491,12 @@ print(f"first 6 questions {plain[:6].mean():.0%}, last 6 questions "
 #| export
 def yarn_ramp(head_dim: int, theta: float, trained_length: int, beta_fast: float = 32,
               beta_slow: float = 1) -> torch.Tensor:
-    """Share of interpolation for each pair, (D/2,): 0 keeps the frequency, 1 divides it
-    by the factor.
+    """Share of interpolation for each pair, (D/2,), from 0 (kept) to 1.
 
-    A pair that turns more than `beta_fast` times within the trained length is kept, one
-    that turns less than `beta_slow` times is slowed down, and the share grows linearly
-    in between (Peng et al. 2023, arXiv:2309.00071).
+    1 divides the frequency by the factor. A pair that turns more than `beta_fast` times
+    within the trained length is kept, one that turns less than `beta_slow` times is
+    slowed down, and the share grows linearly in between (Peng et al. 2023,
+    arXiv:2309.00071).
     """
 
     # the pair, as a fraction, that makes this many turns in the trained length
@@ -524,8 +518,7 @@ def yarn_ramp(head_dim: int, theta: float, trained_length: int, beta_fast: float
 def rope_frequencies(head_dim: int, theta: float = 1e6, scaling: dict | None = None,
                      max_position_embeddings: int | None = None,
                      seq_len: int | None = None) -> tuple[torch.Tensor, float]:
-    """Angle per position of each pair of channels, (D/2,) in radians, and the factor on
-    cos and sin.
+    """Angle per position of each pair, (D/2,) in radians, and the factor on cos, sin.
 
     `scaling` is Hugging Face's `rope_scaling`: {"rope_type": "linear" | "dynamic" |
     "yarn", "factor": ...}. "dynamic" needs the trained length
@@ -638,9 +631,11 @@ show(fig, "Far beyond the trained length, plain rotation forgets how to copy; dy
 # Linear scaling fails from the first question on: the first layer must find *the word just before*, and linear scaling moves that word from a distance of one to a small fraction of one. Its authors use it together with some more
 # training, which we leave out here. YaRN leaves the fast pairs alone, so neighbours stay neighbours.
 #
-# **Exercise 5.4 (20 min, ★★).** Fine-tune `rotary` for 50 steps on long texts with linear scaling. Does it catch up with YaRN? How many steps does it take?
+# **Exercise 5.4 (20 min, ★★★): `yarn_ramp`** in [workbook 5](../exercises/05_rope.ipynb). Which pairs are slowed down, and by how much.
 #
-# **Exercise 5.5 (15 min, ★★★).** Set YaRN's `attention_factor` to 1 and compare on the last questions. Why might sharper scores help when there are more keys?
+# **Exercise 5.5 (25 min, ★★★): `rope_frequencies`** in [workbook 5](../exercises/05_rope.ipynb). All four kinds of scaling; the check compares with the formulas of the papers.
+#
+# **Try it.** Set YaRN's `attention_factor` to 1 and compare on the last questions. Why might sharper scores help when there are more keys?
 #
 # ## 5.9 Where it breaks
 #
@@ -682,7 +677,7 @@ assert abs(repaired - right["rotary"][0]) < 0.01
 # %% [markdown]
 # **Positions that restart.** With a cache (chapter 10) the next token is not at position 0, and in a padded batch (chapters 10 and 11) the first real token is not at the first place. Pass `positions`; do not count from the shape.
 #
-# **Exercise 5.6 (10 min, ★).** Which of the checks in this chapter would pass if `rope_cos_sin` used degrees instead of radians? Try it.
+# **Try it.** Which of the checks in this chapter would pass if `rope_cos_sin` used degrees instead of radians?
 #
 # ## 5.10 What you have
 #
@@ -694,6 +689,6 @@ assert abs(repaired - right["rotary"][0]) < 0.01
 #
 # **Words:** rotary position embedding, pair, base (theta), frequency, half-split and interleaved layout, extrapolation, NTK-aware scaling, YaRN.
 #
-# **Exercises:** 5.1 to 5.6, in place above.
+# **Exercises:** 5.1 to 5.9, in place above, with checks in [workbook 5](../exercises/05_rope.ipynb).
 #
 # **Sources:** Su et al. 2021, *RoFormer* (arXiv:2104.09864); Chen et al. 2023, *Extending Context Window of Large Language Models via Positional Interpolation* (arXiv:2306.15595); Peng et al. 2023, *YaRN* (arXiv:2309.00071), which also tells the history of NTK-aware scaling. Read next: Press et al. 2022, *ALiBi* (arXiv:2108.12409), another way to length. Then chapter 6.

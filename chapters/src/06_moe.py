@@ -144,8 +144,8 @@ assert torch.allclose(layer(pairs)[:, :1], hidden.sum(-1, keepdim=True), atol=1e
 layer(pairs)[:, 0].tolist()
 
 # %% [markdown]
-# **Exercise 6.1 (10 min, ★).** Write `SwiGLU.forward` from the formula, without looking. Which of the three matrices may be exchanged with another
-# without a change of shape, and would a trained model survive it?
+# **Exercise 6.1 (10 min, ★): `SwiGLU`** in [workbook 6](../exercises/06_moe.ipynb). Write the layer from the formula, without looking; the check tells apart the ways to put the gate in
+# the wrong place.
 #
 # How large should the hidden width be? Three matrices of C × I are $3CI$ parameters. In the small model of this course (C = 160, I = 448, four
 # heads of 40, two key/value heads) that is most of a layer:
@@ -160,9 +160,6 @@ print(f"feed-forward {feed_forward:,} and attention {attention:,}: {share:.0%} o
       "layer is feed-forward")
 
 # %% [markdown]
-# **Exercise 6.2 (5 min, ★).** The plain layer of 2017 has two matrices, C × 4C and 4C × C. Which I gives SwiGLU the same number of parameters?
-# Round up to a multiple of 64, as MiniMind does, for C = 512.
-#
 # ## Experts: more weights, the same work
 #
 # Three quarters of a layer are spent on every token, whatever the token is. The idea of a **mixture of experts** (Shazeer et al. 2017): keep E of these
@@ -176,6 +173,9 @@ for E, k in ((1, 1), (4, 1), (8, 2), (128, 8)):
 
 # %% [markdown]
 # What it costs: all experts must lie in memory, and someone must decide which expert gets which token.
+#
+# **Exercise 6.2 (10 min, ★): `widths`** in [workbook 6](../exercises/06_moe.ipynb). Three numbers on paper: the width that makes SwiGLU as large as the plain layer of 2017, and what a
+# mixture stores and uses.
 #
 # ## The router
 #
@@ -214,8 +214,7 @@ show(fig, "Probability of each expert for six tokens; the star marks the expert 
 #| export
 def route(router_logits: Tensor, top_k: int,
           norm_topk_prob: bool = True) -> tuple[Tensor, Tensor]:
-    """Choose experts: router_logits (N, E) -> weights (N, top_k), chosen experts (N,
-    top_k).
+    """router_logits (N, E) -> weights (N, top_k), chosen experts (N, top_k).
 
     The softmax runs in float32. With norm_topk_prob the weights of a token sum to 1.
     """
@@ -237,7 +236,9 @@ assert torch.allclose(weights.sum(-1), torch.ones(6))
 print(top.tolist())
 
 # %% [markdown]
-# **Exercise 6.3 (10 min, ★).** Write `route`. Then predict: if you add 10 to all logits of one token, what changes? And if you double them?
+# **Exercise 6.3 (10 min, ★): `route`** in [workbook 6](../exercises/06_moe.ipynb). Write it from the formula; the check compares with a count over tokens, in float32.
+#
+# **Try it.** Predict, then run: what changes if you add 10 to all logits of one token? And if you double them?
 #
 # ## Dispatch: from tokens to experts and back
 #
@@ -300,10 +301,10 @@ show(fig, "Forty tokens with the number of their expert: sorted, each expert has
 #| export
 def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor,
              chosen: Tensor) -> Tensor:
-    """Run each expert once on the tokens that chose it; tokens (N, C), weights and
-    chosen (N, k) -> (N, C).
+    """Run each expert once on the tokens that chose it.
 
-    The N * k visits are sorted by expert, so that the rows of an expert are one slice.
+    tokens (N, C), weights and chosen (N, k) -> (N, C). The N * k visits are sorted by
+    expert, so that the rows of an expert are one slice.
     """
     visits = chosen.flatten()  # (N * k,)
     order = visits.argsort(stable=True)
@@ -321,8 +322,7 @@ def dispatch(experts: Sequence[nn.Module], tokens: Tensor, weights: Tensor,
 # %% id="moe-class"
 #| export
 class MoE(nn.Module):
-    """A feed-forward layer of num_experts SwiGLUs of which each token uses
-    num_experts_per_tok; (..., C) -> (..., C).
+    """SwiGLUs of which each token uses num_experts_per_tok; (..., C) -> (..., C).
 
     After a forward pass router_logits (N, num_experts) holds the scores of its N
     tokens. Parameter names are those of Hugging Face's Qwen3-MoE files. Shazeer et al.
@@ -378,8 +378,10 @@ for reference, loop, ours in zip(*results):
     torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
 
 # %% [markdown]
-# **Exercise 6.4 (25 min, ★★★).** Write `dispatch` without a loop over tokens. The check compares values and gradients with the dense version, also when
-# an expert gets no token at all.
+# **Exercise 6.4 (25 min, ★★★): `dispatch`** in [workbook 6](../exercises/06_moe.ipynb). Sort, or loop over the experts: the check counts rows and calls, and compares values and gradients
+# with a loop over tokens.
+#
+# **Exercise 6.5 (15 min, ★★): `MoE`** in [workbook 6](../exercises/06_moe.ipynb). Write `forward`, for any number of dimensions.
 #
 # Which is the fastest? Guess the two factors before you run: sorted against the token loop, and sorted against dense with 8 experts and top-1.
 
@@ -495,8 +497,7 @@ def load_balancing_loss(
     top_k: int,
     attention_mask: Tensor | None = None,
 ) -> Tensor:
-    """E * sum over experts of (share of visits) * (mean probability); top_k when
-    perfectly even.
+    """E * sum of (share of visits) * (mean probability); top_k when perfectly even.
 
     router_logits is one (N, E) tensor or one for each layer; all layers are pooled, as
     Hugging Face does. attention_mask (B, T), 1 = real, leaves padding out. Fedus et al.
@@ -544,8 +545,7 @@ show(fig, "The balance loss of four experts: 1 when each has a quarter of the to
           "4 when one expert has them all.")
 
 # %% [markdown]
-# **Exercise 6.5 (15 min, ★★).** Write `load_balancing_loss` for one layer. Then find router logits for which the load is perfectly even
-# ($f_i = 1/E$) but the probabilities are not. What is the loss, and what does its gradient do?
+# **Exercise 6.6 (20 min, ★★): `load_balancing_loss`** in [workbook 6](../exercises/06_moe.ipynb). Several layers, and padding that counts nowhere.
 #
 # ## A run in which experts die
 #
@@ -649,7 +649,11 @@ show(fig, "Expert load over training, one band for each expert: without the bala
 # and improves; being useful, its probability rises; so it gets more tokens. An expert without tokens gets no gradient at all and cannot come back. It is
 # **dead**, and its weights are paid for in memory and never used.
 #
-# **Exercise 6.6 (15 min, ★★).** Run coefficients 0, 0.001, 0.01, 0.1 and 1. Draw the number of dead experts and the final loss against the coefficient. Where would you set it? Then take `common` out of the model: do experts still die?
+# **Try it.** Run coefficients 0, 0.001, 0.01, 0.1 and 1, and draw the dead experts and the final loss against the coefficient. Then take `common` out of the model: do experts still die?
+#
+# **Exercise 6.8 (15 min, ★★): `biased_route`** in [workbook 6](../exercises/06_moe.ipynb). Balance without a loss, by a bias that only chooses (Wang et al. 2024).
+#
+# **Exercise 6.9 (20 min, ★★): `overload`** in [workbook 6](../exercises/06_moe.ipynb). Predict how fast that bias may move, then measure it.
 #
 # ## What did the router learn?
 #
@@ -728,7 +732,7 @@ show(fig, "Final loss by seed (dots) and mean (bar): experts beat the dense laye
 # Experts buy quality with memory instead of time. When memory is what you lack, a dense model of the same number of parameters is better. Chapter 9 repeats this with the whole
 # model on real token counts.
 #
-# **Exercise 6.7 (20 min, ★★).** DeepSeekMoE adds a **shared expert** that every token uses, besides the chosen one (Dai et al. 2024). Build it as a class around `MoE`. Does it change how many experts die?
+# **Try it.** DeepSeekMoE adds a **shared expert** that every token uses, besides the chosen one (Dai et al. 2024). Build it as a class around `MoE`. Does it change how many experts die?
 #
 # ## Where it breaks
 #
@@ -776,7 +780,7 @@ assert misplaced > 0.5
 # %% [markdown]
 # No error appears, and every check of shapes passes. The comparison with the dense version finds it at once: keep a slow version beside every fast one.
 #
-# **Exercise 6.8 (15 min, ★★).** You get three versions of `dispatch`, each with one bug. Find them by their symptoms: one is wrong only for k > 1, one only when an expert is empty, one only in the gradients.
+# **Exercise 6.7 (15 min, ★★): `by_expert`** in [workbook 6](../exercises/06_moe.ipynb). Three bugs in a dispatch, with three symptoms: find and repair them.
 #
 # ## In five lines
 #
@@ -790,4 +794,6 @@ assert misplaced > 0.5
 #
 # **Sources**: Shazeer 2020, *GLU Variants Improve Transformer*, arXiv:2002.05202. Shazeer et al. 2017, *Outrageously Large Neural Networks*, arXiv:1701.06538. Fedus, Zoph and
 # Shazeer 2021, *Switch Transformers*, arXiv:2101.03961. Jiang et al. 2024, *Mixtral of Experts*, arXiv:2401.04088. Dai et al. 2024, *DeepSeekMoE*, arXiv:2401.06066. Ethayarajh 2019, *How Contextual are
-# Contextualized Word Representations?*, arXiv:1909.00512. Next: all parts of one model, in chapter 7.
+# Contextualized Word Representations?*, arXiv:1909.00512. Wang et al. 2024, *Auxiliary-Loss-Free Load Balancing Strategy for Mixture-of-Experts*, arXiv:2408.15664. Next: all parts of one model, in chapter 7.
+#
+# **Exercises:** 6.1 to 6.9, in place above, with checks in [workbook 6](../exercises/06_moe.ipynb).

@@ -171,7 +171,7 @@ torch.testing.assert_close(norm(vectors), by_hand)
 torch.testing.assert_close(norm(1000 * vectors), norm(vectors), atol=1e-4, rtol=1e-4)
 
 # %% [markdown]
-# **Exercise 7.1 (10 min, ★).** Write `RMSNorm`. LayerNorm also subtracts the mean. Find a vector for which the two agree, and one for which they do not.
+# **Exercise 7.1 (10 min, ★): `RMSNorm`** in [workbook 7](../exercises/07_transformer.ipynb). Write it from the formula, without `F.rms_norm` if you like; the check compares with torch's own, in bfloat16 too.
 #
 # Now four ways to stack the same 24 layers: without tools, with the residual path alone, and with a norm in one of two places. Which of them survive both spreads?
 
@@ -220,6 +220,8 @@ assert post > 5 * pre
 # %% [markdown]
 # **Post-norm** (the 2017 design) normalises the stream itself, so that the gradient passes through every norm and is multiplied each time. **Pre-norm** leaves the stream alone
 # and normalises only what a layer reads: one path from end to start has nothing but additions. It trains without a careful warm-up (Xiong et al. 2020), and all models of this course use it.
+#
+# **Exercise 7.10 (20 min, ★★): `stream_size`** in [workbook 7](../exercises/07_transformer.ipynb). The norm keeps what a layer reads at size 1, but the stream itself grows. Predict its size after 64 layers, then measure it.
 #
 # ## Sizes in one place
 #
@@ -321,7 +323,13 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 # %% [markdown]
-# **Exercise 7.2 (15 min, ★★).** Write `Block.forward`. Then build the parallel block of GPT-J, `x + attention(norm(x)) + mlp(norm(x))`. What can it do faster, and what can it no longer do?
+# **Exercise 7.2 (15 min, ★): `Block`** in [workbook 7](../exercises/07_transformer.ipynb). Write `forward`; the check knows eleven other ways to connect the same parts, and tells you which one you built.
+#
+# **Exercise 7.8 (10 min, ★★): `pre_norm_stack`** in [workbook 7](../exercises/07_transformer.ipynb). Two bugs in three lines of pre-norm: one leaks the future, one loses the stream.
+#
+# **Exercise 7.9 (15 min, ★★): `capped_attention`** in [workbook 7](../exercises/07_transformer.ipynb). Gemma 2 keeps scores from growing without q/k norm: it bends them with a tanh. Where does the mask go, before or after?
+#
+# **Try it.** Build the parallel block of GPT-J and PaLM, `x + attention(norm(x)) + mlp(norm(x))`. What can it do faster, and what can it no longer do?
 #
 # ## Around the blocks
 #
@@ -364,6 +372,8 @@ print(full_mask(torch.tensor([[0, 1, 1, 1]]), 0, ids)[0, 0].int())
 
 # %% [markdown]
 # Row t says what position t may see. Nobody but position 0 itself looks at position 0.
+#
+# **Exercise 7.3 (20 min, ★★): `full_mask`** in [workbook 7](../exercises/07_transformer.ipynb). Write all its cases: nothing given, a cache, padding, a finished mask, a wrong shape. The check builds each mask one entry at a time.
 #
 # Under mixed precision, matrix products run in bfloat16, and torch converts their inputs each time. If the stream already has that type, nothing needs converting:
 
@@ -429,6 +439,8 @@ class Decoder(nn.Module):
         return lambda q, k: (apply_rope(q, cos, sin), apply_rope(k, cos, sin))
 
 # %% [markdown]
+# **Exercise 7.4 (20 min, ★★): `Decoder`** in [workbook 7](../exercises/07_transformer.ipynb). Write `forward` from embedding to last norm, with padding, positions and a cache; the check rebuilds the model in plain torch.
+#
 # Weights start as draws from one normal distribution, whose spread is `initializer_range`; norms start at 1.
 
 # %% id="model-initialise"
@@ -556,7 +568,7 @@ show(fig, "Largest change of the logits when token 25 is replaced: nothing moves
           "before it, everything from it on does.")
 
 # %% [markdown]
-# **Exercise 7.3 (10 min, ★★).** Left-pad a short row, pass the padding mask, and show that the logits of its real tokens equal those of the row alone. Why does it work although the positions have moved?
+# **Try it.** Left-pad a short row, pass the padding mask, and show that the logits of its real tokens equal those of the row alone. Why does it work although the positions have moved?
 #
 # ## The first loss
 #
@@ -597,7 +609,7 @@ show(fig, "First loss against the spread of the initial weights: small weights s
 # The final norm makes every hidden vector of size 1, so a logit is a sum of C products with weights of spread s: its spread is $s\sqrt{C}$, 0.25 for s = 0.02 and 2.5 for s = 0.2. A spread of 2.5 is confident nonsense. A first loss far from ln V
 # is the cheapest bug detector that you have: check it before every training run.
 #
-# **Exercise 7.4 (10 min, ★★).** The mean of the loss over random logits of spread σ is about $\ln V + \sigma^2/2$. Test this on the curve above. Where does it fail, and why?
+# **Try it.** The mean of the loss over random logits of spread σ is about $\ln V + \sigma^2/2$. Test this on the curve above. Where does it fail, and why?
 #
 # ## Parameters
 #
@@ -670,7 +682,9 @@ show(fig, "Where the parameters are: the tiny model spends a fifth on its vocabu
           "larger ones and those with experts spend most on feed-forward layers.")
 
 # %% [markdown]
-# **Exercise 7.5 (10 min, ★).** Qwen3-0.6B has hidden size 1024, 28 layers, 16 heads of 128, 8 key/value heads, intermediate size 3072, vocabulary 151,936, tied. Predict its parameters to three digits, then check with `count_parameters`.
+# **Exercise 7.5 (20 min, ★★): `count_parameters`** in [workbook 7](../exercises/07_transformer.ipynb). Count from the configuration alone, with experts and without; the check lists every weight by its shape.
+#
+# **Exercise 7.7 (10 min, ★): `qwen`** in [workbook 7](../exercises/07_transformer.ipynb). On paper: how many million parameters has Qwen3-0.6B, and is 0.6 a fair name?
 #
 # ## Operations
 #
@@ -727,7 +741,7 @@ show(fig, "Share of all operations that attention scores take: half of all work 
           "about 1,200 tokens in the tiny model, 3,200 and 5,200 in the others.")
 
 # %% [markdown]
-# **Exercise 7.6 (10 min, ★★).** Your processor runs `tiny` at some tokens per second (chapter 9 measures it). Turn that into FLOPs per second and compare with one large matrix product. The ratio is the model FLOPs utilisation.
+# **Exercise 7.6 (10 min, ★): `flops_per_token`** in [workbook 7](../exercises/07_transformer.ipynb). Rebuild it without looking; the check lets torch count on tensors that take no memory.
 #
 # ## Memory
 #
@@ -916,7 +930,7 @@ for name in PRESETS:
     print(f"{name:16}" + "".join(f"{size / 1e9:7.2f}" for size in memory.values()))
 
 # %% [markdown]
-# **Exercise 7.7 (15 min, ★★).** Activation checkpointing keeps only the input of each block and computes the rest again. Predict memory and FLOPs of `minimind3` with it. When is it worth it?
+# **Try it.** Activation checkpointing keeps only the input of each block and computes the rest again. Predict memory and FLOPs of `minimind3` with it. When is it worth it?
 #
 # ## The same model as Hugging Face's
 #
@@ -1155,8 +1169,6 @@ for family, changes in families.items():
     assert there < 1e-4 and again < 1e-4
 
 # %% [markdown]
-# **Exercise 7.8 (20 min, ★★★).** Save a model with `rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}` and compare again. Then remove the factor on cos and sin: which positions differ?
-#
 # ## Where it breaks
 #
 # **A weight that did not load.** torch's `load_state_dict(strict=False)` skips what it cannot place. Rename one weight in a copy, load it that way, and look at the logits. No error appears:
@@ -1215,6 +1227,8 @@ assert difference[0] < 1e-5 < difference[-1]
 # - Parameters follow exactly from the configuration; operations are 6 for each active weight and token, plus attention.
 # - Training memory is 16 bytes for each parameter, plus activations and loss that grow with B × T.
 # - A checkpoint folder is Hugging Face's, and loading is strict.
+#
+# **Exercises:** 7.1 to 7.10, in place above, with checks in [workbook 7](../exercises/07_transformer.ipynb).
 #
 # **Words**: residual stream, RMSNorm, pre-norm, post-norm, block, tied embeddings, q/k norm, initialisation, FLOP, activation, optimizer state, peak memory, checkpoint folder, strict loading.
 #

@@ -242,7 +242,7 @@ show(fig, "Both rise during the first 2% of the steps and end at a tenth of the 
           "ours stays flat until half of the run.")
 
 # %% [markdown]
-# **Exercise 8.1 (10 min, ★).** Without running it: what is the rate at step 0 when `warmup=0`? What would go wrong with `step / w` in place of `(step + 1) / w`?
+# **Exercise 8.1 (10 min, ★): `learning_rate_at`** in [workbook 8](../exercises/08_training_loop.ipynb). Write it from the formula, without looking; the check draws the three lines from their corners and names the one that is off.
 #
 # To see what warm-up does we need the loop itself. It comes next, piece by piece; section 8.8 then measures each feature.
 #
@@ -313,7 +313,15 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, config.learning_rate, config.betas, fused=True)
 
 # %% [markdown]
-# **Exercise 8.2 (15 min, ★★).** Write `optimizer_groups` with a third group: embeddings without decay (as OLMo 2 does). A tied embedding must not land in two groups. How do you find it?
+# **Exercise 8.2 (10 min, ★): `optimizer_groups`** in [workbook 8](../exercises/08_training_loop.ipynb). Sort the parameters of a model that has every trap: gains called weight, a tensor of three dimensions, a frozen one, a tied one.
+#
+# **Exercise 8.5 (20 min, ★★): `adamw_step`** in [workbook 8](../exercises/08_training_loop.ipynb). Write the formula above for whole tensors; the check compares with `torch.optim.AdamW` over many steps.
+#
+# **Exercise 8.6 (10 min, ★): `spike`** in [workbook 8](../exercises/08_training_loop.ipynb). Predict how far one gradient that is a thousand times too large moves a weight. Most guesses are far off.
+#
+# **Exercise 8.7 (10 min, ★): `lion_step`** in [workbook 8](../exercises/08_training_loop.ipynb). Lion (Chen et al. 2023) needs one mean where Adam needs two; write it from its formula.
+#
+# **Try it.** Add a third group: embeddings without decay, as OLMo 2 has it. A tied embedding must not land in two groups. How do you find it?
 #
 # ## 8.4 Batches too large for memory
 #
@@ -426,7 +434,7 @@ show(fig, f"Token shares stay near rounding (at most {right.max():.0e} nats off)
 # %% [markdown]
 # Libraries got this wrong for years: the `Trainer` of transformers was repaired in October 2024, after training losses with and without accumulation were seen to differ.
 #
-# **Exercise 8.3 (15 min, ★★).** Another common mistake: add up the micro-batch losses and forget to divide. With Adam the loss curve looks almost the same. Why? With clipping it does not. Why?
+# **Exercise 8.3 (10 min, ★): `token_shares`** in [workbook 8](../exercises/08_training_loop.ipynb). Rebuild it without looking. Mind the borders: no labels at all, and labels that are all padding.
 #
 # ## 8.5 16-bit numbers
 #
@@ -615,8 +623,6 @@ for step in range(60):
 # %% [markdown]
 # bfloat16 needs none of this: its range is that of float32. The loop uses the scaler for float16 only.
 #
-# **Exercise 8.4 (10 min, ★).** Why must clipping come after the division by the scale, and why must a skipped step not count as a step of Adam?
-#
 # ## 8.6 Memory that stays
 #
 # One gain belongs to the processor alone and has nothing to do with arithmetic. A step allocates the same large tensors as the step before.
@@ -761,6 +767,10 @@ def train_step(run: Run, model: nn.Module, batches, loss_fn: Callable) -> None:
     run.tokens, run.step = run.tokens + tokens, run.step + 1
 
 # %% [markdown]
+# **Exercise 8.4 (30 min, ★★★): `train_step`** in [workbook 8](../exercises/08_training_loop.ipynb). Put the parts together in the right order; the check compares weights and log with a plain loop, and finds twenty ways to get it wrong.
+#
+# **Exercise 8.8 (15 min, ★★): `fit`** in [workbook 8](../exercises/08_training_loop.ipynb). Two bugs in a short loop whose loss falls all the same: one in the accumulation, one in the clipping.
+#
 # Every few steps the sums become numbers. A loss that is no number stops the run here, before a checkpoint could keep it.
 # `now` and `run.seconds` are totals; what they were at the line before gives the speed.
 
@@ -862,6 +872,8 @@ def save_checkpoint(folder: str | Path, state: dict) -> Path:
     return final
 
 # %% [markdown]
+# **Exercise 8.9 (20 min, ★★): `save_newest`** in [workbook 8](../exercises/08_training_loop.ipynb). Keep the newest three checkpoints. The check cuts the power after each of your orders to the disk and looks at what is left.
+#
 # Reading is strict. `weights_only=True` lets the file hold data but no code, which a pickle otherwise may. A damaged file gives one clear error; torch raises several types for it, so all are caught.
 
 # %% id="train-load-checkpoint"
@@ -1044,7 +1056,9 @@ clip_gain = check("train/clip_gain_nats", unclipped.loss[-1] - clipped.loss[-1])
 # %% [markdown]
 # Read such numbers with care: this is one seed of a small model at a high rate. At a low rate the same features cost a little time and change nothing.
 #
-# **Exercise 8.5 (20 min, ★★).** Repeat the warm-up pair with `learning_rate=1e-3` and with three seeds. At which rate does warm-up begin to matter?
+# **Exercise 8.10 (25 min, ★★): `final_loss`** in [workbook 8](../exercises/08_training_loop.ipynb). A run that is long enough: measure what a flat rate, decay, and an average of the weights leave of the noise.
+#
+# **Try it.** Repeat the warm-up pair with `learning_rate=1e-3` and with three seeds. At which rate does warm-up begin to matter?
 #
 # ## 8.9 Does it really continue?
 #
@@ -1208,7 +1222,7 @@ assert torch.equal(killed["random"]["torch"], lived["random"]["torch"])
 # %% [markdown]
 # They are equal to the last bit. (On a GPU some kernels add in a different order each time; there equality holds up to rounding.)
 #
-# **Exercise 8.6 (20 min, ★★★).** A loop that shuffles with `random.shuffle` at the start of each epoch also stores its data position as the step. Does it resume exactly? Design a test that shows it.
+# **Try it.** A loop that shuffles with `random.shuffle` at the start of each epoch also stores its data position as the step. Does it resume exactly? Design a test that shows it.
 #
 # ## 8.11 Killed while writing
 #
@@ -1262,10 +1276,6 @@ for model, config in ((wider, settings), (new_model(), longer)):
         print(error, "\n")
 
 # %% [markdown]
-# **Exercise 8.7 (15 min, ★★).** Find the bug: a loop evaluates the model every 100 steps, calls `model.eval()` before, and forgets `model.train()` after. Which of the losses in this chapter would change?
-#
-# **Exercise 8.8 (30 min, ★★★).** Keep the last three checkpoints instead of one. Which order of renames and deletions is safe at every moment?
-#
 # ## Recap
 #
 # - The loop asks for `batches[step]`: any step's data can be had again, so the step is the data position.
@@ -1273,6 +1283,8 @@ for model, config in ((wider, settings), (new_model(), longer)):
 # - Accumulated micro-batches count by their real tokens. float16 needs a scaled loss, bfloat16 does not.
 # - A checkpoint holds weights, optimiser, scale, step and random state. It is written beside the old one and renamed.
 # - `train(model, batches, loss_fn, config)` is the loop of all later chapters.
+#
+# **Exercises:** 8.1 to 8.10, in place above, with checks in [workbook 8](../exercises/08_training_loop.ipynb).
 #
 # **Words:** learning-rate schedule, warm-up, decay, weight decay, optimiser group, gradient norm, clipping, micro-batch, accumulation, autocast, bfloat16, float16, loss scaling, checkpoint, atomic write.
 #

@@ -168,8 +168,7 @@ show(fig, "A low temperature gives more to the first few tokens and takes it fro
 # %% id="generate-top-k"
 #| export
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Keep the k largest of logits (B, V) and ties of the last of them; the others
-    become -inf.
+    """Keep the k largest of logits (B, V), and ties; the others become -inf.
 
     Fan et al. 2018, arXiv:1805.04833.
     """
@@ -231,10 +230,10 @@ assert kept(keep_min_p(four, 0.25)) == [True, True, True, False]  # at least 0.2
 #| export
 def penalise_repetition(logits: torch.Tensor, previous: torch.Tensor,
                         penalty: float) -> torch.Tensor:
-    """Make the tokens in `previous` (B, n) less likely: divide positive logits,
-    multiply negative ones.
+    """Make the tokens in `previous` (B, n) less likely.
 
-    Keskar et al. 2019, arXiv:1909.05858.
+    Positive logits are divided, negative ones multiplied. Keskar et al. 2019,
+    arXiv:1909.05858.
     """
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, previous, True)
     return torch.where(seen, torch.where(logits > 0, logits / penalty,
@@ -266,11 +265,11 @@ def sample_next(
     previous: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Choose one token for each row of logits (B, V): ids (B,). Temperature 0 takes the
-    most probable token.
+    """Choose one token for each row of logits (B, V): ids (B,).
 
-    The order is Hugging Face's: repetition penalty, temperature, top-k, top-p, min-p.
-    `previous` (B, n) holds the tokens so far, for the penalty.
+    Temperature 0 takes the most probable token. The order is Hugging Face's: repetition
+    penalty, temperature, top-k, top-p, min-p. `previous` (B, n) holds the tokens so
+    far, for the penalty.
     """
     if repetition_penalty != 1.0 and previous is not None:
         logits = penalise_repetition(logits, previous, repetition_penalty)
@@ -402,7 +401,7 @@ for name in ("top-p 0.9", "min-p 0.1"):
 # $P + (P+1) + \dots + (P+N-1)$ positions. It needs only $P + N - 1$ of them.
 
 # %% id="generate-count-positions"
-P, N = 128, 256
+P, N = 256, 256
 again = sum(range(P, P + N))
 once = P + N - 1
 print(f"positions read: {again:,} without a cache, {once} with one: {again / once:.0f} "
@@ -446,8 +445,7 @@ show(fig, "Positions read for each of eight new tokens after a prompt of five: d
 # %% id="generate-kv-cache"
 #| export
 class KVCache:
-    """Keys and values of all positions so far, of all layers, in memory that is set
-    aside once.
+    """Keys and values of all positions so far, in memory set aside once.
 
     Memory in bytes: 2 * layers * B * K * max_length * D * bytes per number. `update` is
     what attention calls.
@@ -470,9 +468,7 @@ class KVCache:
 
     def update(self, k: torch.Tensor, v: torch.Tensor,
                layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write k and v (B, K, T, D) behind what is there; return all so far, (B, K, S,
-        D), as views.
-        """
+        """Write k and v (B, K, T, D); return all so far, (B, K, S, D), as views."""
         start, end = self.filled[layer_idx], self.filled[layer_idx] + k.shape[2]
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} positions and {end} "
@@ -521,9 +517,7 @@ print(f"{per_token:,} bytes a token; {weights // per_token:,} tokens of cache we
 # %% id="generate-check-request"
 #| export
 def check_request(config, input_ids: torch.Tensor, max_new_tokens: int) -> None:
-    """ValueError in plain words for a prompt that this model cannot continue by
-    `max_new_tokens`.
-    """
+    """ValueError in plain words for a prompt that this model cannot continue."""
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give (B, T) "
                          "with at least one token per row")
@@ -543,9 +537,7 @@ def check_request(config, input_ids: torch.Tensor, max_new_tokens: int) -> None:
 def start_ids(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None, end: int
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Memory for `end` tokens with the prompt in it, (B, end); and, for padded rows,
-    mask (B, end) and positions (B, end).
-    """
+    """Ids (B, end) with the prompt in them; for padded rows, mask and positions too."""
     B, T = input_ids.shape
     ids = input_ids.new_zeros(B, end)
     if attention_mask is None:
@@ -578,8 +570,9 @@ def next_tokens(
     seed: int | None = None,
     **sampling,
 ) -> Iterator[torch.Tensor]:
-    """Yield the next token of every row, (B,), up to `max_new_tokens` times; a stopped
-    row repeats the first stop id.
+    """Yield the next token of every row, (B,), up to `max_new_tokens` times.
+
+    A stopped row repeats the first stop id.
     """
     check_request(model.config, input_ids, max_new_tokens)
     (B, T), device = input_ids.shape, input_ids.device
@@ -644,7 +637,7 @@ for name, settings in samples.items():
     print(f"{name}: {tokenizer.decode(out[0].tolist(), skip_special=True)}\n")
 
 # %% [markdown]
-# **Before you run this**: the cache reads about 170 times fewer positions. Will it be 170 times faster? A step that reads one position
+# **Before you run this**: the cache reads about 190 times fewer positions. Will it be 190 times faster? A step that reads one position
 # still calls every layer and reads every weight. Guess a number.
 
 # %% id="generate-measure"
@@ -681,7 +674,7 @@ show(fig, "Without a cache each token takes longer than the one before; with a c
           "the time per token stays flat.")
 
 # %% [markdown]
-# Why not 170 times? A step with the cache does little arithmetic, but it calls some hundred small operations, and each costs a few microseconds
+# Why not 190 times? A step with the cache does little arithmetic, but it calls some hundred small operations, and each costs a few microseconds
 # before it computes anything. It also reads every weight once for a single token. That floor is the flat line. The upper line grows with the text, so
 # the gain grows with it: at ten times the length, the gap is far wider. On a GPU the floor is higher relative to the arithmetic, and a model as small
 # as this one gains little there.
@@ -738,9 +731,7 @@ assert not torch.allclose(next_padded[0], next_alone[0], atol=1e-1)
 #| export
 def left_pad(prompts: Sequence[Sequence[int]], pad_id: int = 0,
              device=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of unequal length as ids (B, T) with padding on the left, and the mask (B,
-    T) that is 1 for real tokens.
-    """
+    """Rows as ids (B, T), padded on the left, and the mask: 1 for real tokens."""
     T = max(map(len, prompts))
     ids = [[pad_id] * (T - len(row)) + list(row) for row in prompts]
     real = [[0] * (T - len(row)) + [1] * len(row) for row in prompts]
@@ -783,9 +774,7 @@ def generate_batch(
     model, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64,
     stop_ids: Sequence[int] = (), batch_size: int = 64, **options
 ) -> list[list[int]]:
-    """Continue many prompts (lists of ids) at once: for each its new tokens, without
-    prompt and stop token.
-    """
+    """Continue many prompts (lists of ids): their new tokens, without stop token."""
     device, answers = next(model.parameters()).device, []
     for first in range(0, len(prompts), batch_size):
         ids, real = left_pad(prompts[first : first + batch_size], device=device)
@@ -849,11 +838,10 @@ def stream(
     model, tokenizer, input_ids: torch.Tensor, max_new_tokens: int = 64,
     stop_ids: Sequence[int] = (), **options
 ) -> Iterator[str]:
-    """Yield the continuation of input_ids (1, T) as text, piece by piece, without the
-    stop token.
+    """Yield the continuation of input_ids (1, T) as text, piece by piece.
 
-    A character may be spread over several tokens; its bytes are held back until it is
-    whole.
+    The stop token is left out. A character may be spread over several tokens; its bytes
+    are held back until it is whole.
     """
     model.eval()
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -989,9 +977,7 @@ def load(folder: str | Path, device: str = "cpu") -> tuple[MiniMind, Tokenizer]:
 # %% id="generate-chat-stops"
 #| export chat
 def stop_tokens(folder: str | Path, tokenizer: Tokenizer) -> list[int]:
-    """Tokens that end an answer: the template's, and those that generation_config.json
-    or config.json name.
-    """
+    """Tokens that end an answer: the template's, and those of the folder's configs."""
     stops = {tokenizer.eos_id, tokenizer.im_end_id}
     for name in ("generation_config.json", "config.json"):
         path = Path(folder) / name
@@ -1006,9 +992,7 @@ def stop_tokens(folder: str | Path, tokenizer: Tokenizer) -> list[int]:
 # %% id="generate-chat-reply"
 #| export chat
 def fit(tokenizer: Tokenizer, messages: list[dict], room: int) -> tuple[list[int], int]:
-    """Tokens of the newest turns that fit into `room`, and how many of the oldest
-    messages were left out.
-    """
+    """Tokens of the newest turns that fit, and how many old messages were left out."""
     kept, system = list(messages), [m for m in messages[:1] if m["role"] == "system"]
     kept = kept[len(system) :]
     while True:
@@ -1026,9 +1010,7 @@ def reply(
     model: MiniMind, tokenizer: Tokenizer, messages: list[dict], stop_ids: list[int],
     max_new_tokens: int = 128, **options
 ) -> Iterator[str]:
-    """Yield the assistant's answer to `messages` piece by piece, leaving out the oldest
-    turns when they do not fit.
-    """
+    """Yield the answer to `messages` in pieces; the oldest turns may be left out."""
     room = model.config.max_position_embeddings - max_new_tokens
     ids, left_out = fit(tokenizer, messages, room)
     if left_out:
@@ -1101,9 +1083,7 @@ def answer(args: argparse.Namespace, model: MiniMind, tokenizer: Tokenizer,
 # %% id="generate-chat-main"
 #| export chat
 def chat(args: argparse.Namespace) -> None:
-    """One answer for --prompt, else a conversation that ends with an empty line or end
-    of input.
-    """
+    """One answer for --prompt, else a conversation until an empty line."""
     model, tokenizer = load(args.folder, args.device)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:

@@ -938,12 +938,12 @@ if questions:
     for bars in ax.containers:
         ax.bar_label(bars, fmt=" {:.0%}", fontsize=8)
     ax.legend(title="chats", loc="center left", bbox_to_anchor=(1, 0.5))
-    show(fig, "Answers after all chats, and without those that name the unseen people: "
-              "what suffers are the people whose names are never said.")
+    show(fig, "Answers after all chats, and without those that name the unseen people; "
+              "how much the second lose differs from one base model to the next.")
 
 # %% [markdown]
-# A token that is never a label is pushed down by every label that it is not, so SFT taught this model not to say these names. How much it costs differs from one pretrained model to the next. Two earlier models that differ in nothing but rounding (the two ways to compute attention of 4.8) answered
-# 50% and 100% of the unseen questions when no chat named these people; with chats that do, 94% to 100% over three seeds of SFT on the first and 100% on the second (one seed). A number from one run, however good, can be luck; chapter 15 is about that.
+# A token that is never a label is pushed down by every label that it is not, so SFT can teach a model not to say these names. Whether it does differs from one pretrained model to the next. Four of them, trained while this chapter was written, answered
+# 50%, 100%, 52% and 100% of the unseen questions when no chat named these people; the first two differ in nothing but rounding (the two ways to compute attention of 4.8). With chats that name them it was 94 to 100%, 100%, 85% (that model knew only 93% of the facts) and 100%. A number from one run, however good, can be luck; chapter 15 is about that.
 #
 # **Exercise 11.5 (20 min, ★★).** Ask with words the data never uses ("Tell me where Garus lives!"). How far does the form carry?
 #

@@ -285,7 +285,7 @@ def explore(tau=2.0):
     ax.set_ylabel("probability")
     outside = 1 - (here / tau).softmax(-1)[order].sum()
     show(fig, f"Soft targets at temperature {tau:.1f}: {outside:.0%} of the "
-              f"probability is on tokens outside of this picture.")
+              "probability is on tokens outside of this picture.")
 
 try:
     from ipywidgets import interact
@@ -307,13 +307,13 @@ ax.stackplot(taus, np.array(parts), labels=names, colors=greys)
 ax.set(xlabel="temperature", ylabel="share of probability", ylim=(0, 1), xlim=(0.5, 8))
 ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 show(fig, f"The same place over temperature: with {len(here):,} tokens, a high "
-          f"temperature soon gives most of the probability to the long tail.")
+          "temperature soon gives most of the probability to the long tail.")
 
 # %% [markdown]
 # This is where a language model differs from the first example of the paper, handwritten digits, which has ten classes. A vocabulary has thousands of tokens, most of
 # them wrong at any given place, and heat moves probability to them. Section 14.6 measures what that does.
 #
-# **Exercise 14.1 (10 min, ★).** Find the temperature at which half of the probability lies outside of the best twelve. Use bisection.
+# **Exercise 14.6 (5 min, ★): `share_at_two`** in [workbook 14](../exercises/14_distillation.ipynb). One token of 6,400 stands out. Predict on paper what temperature 2 leaves of its share.
 #
 # ## 14.4 The distance between two models
 #
@@ -376,8 +376,7 @@ assert kl_divergence(p.log(), p.log()) == 0  # equal models are at distance 0
 #| export
 def soft_loss(teacher_logits: Tensor, student_logits: Tensor,
               temperature: float) -> Tensor:
-    """Mean of temperature**2 * KL(teacher || student) over N places; logits (N, V)
-    each.
+    """Mean of temperature**2 * KL(teacher || student); logits are (N, V) each.
 
     The factor keeps the gradient, temperature * (q - p) / N, from fading with heat.
     Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2.
@@ -414,8 +413,8 @@ for (name, values), marker in zip(pulls.items(), "os"):
     ax.plot(taus, values, marker=marker, label=f"{name} the factor")
 ax.set(xlabel="temperature", ylabel="length of the gradient", yscale="log")
 ax.legend()
-show(fig, "The pull of one soft target on the student's logits: without the factor it"
-          " fades fast as the temperature rises.")
+show(fig, "The pull of one soft target on the student's logits: without the factor it "
+          "fades fast as the temperature rises.")
 for name, values in pulls.items():
     print(f"{name} the factor, from 1 to 8 the pull falls {values[0] / values[-1]:.1f} "
           "times")
@@ -424,8 +423,9 @@ for name, values in pulls.items():
 # More than sixty-four times. The rule of $1/\tau^2$ holds for high temperatures, and on the way there the two distributions come closer as well. So the factor does not make the pull
 # constant either. It slows the fall: the upper line is flat where the lower one still drops. Without it you would have to find a new learning rate for every temperature.
 #
-# **Exercise 14.2 (15 min, ★★).** For a very high temperature, show that the gradient tends to $(z_i - v_i)/V$, where $v$ are the teacher's logits and both have mean 0.
-# What loss is that?
+# **Exercise 14.1 (15 min, ★★): `kl_divergence`** in [workbook 14](../exercises/14_distillation.ipynb). Write the distance from the formula; the check also has a student that is sure of one token.
+#
+# **Exercise 14.2 (5 min, ★): `soft_loss`** in [workbook 14](../exercises/14_distillation.ipynb). Add the factor, and take the mean.
 #
 # ## 14.5 The loss of a training step
 #
@@ -462,7 +462,7 @@ ax.imshow(part, cmap="Greys", aspect="auto", interpolation="nearest", vmin=-0.15
 ax.set(xlabel="position (tokens)", ylabel="row")
 ax.grid(False)
 show(fig, f"Part of a chat batch: only the dark places, {learned.float().mean():.0%} "
-          f"of the batch, are learned and need logits of the teacher.")
+          "of the batch, are learned and need logits of the teacher.")
 
 # %% [markdown]
 # So stop before the output layer, keep the rows that count, and multiply only those. For a vocabulary of 6,400 (MiniMind's) or 150,000 (Qwen's) the logits are the largest
@@ -491,6 +491,8 @@ print(f"every place {megabytes(every):.1f} MB, learned ones {megabytes(kept):.1f
       f"{saved:.0%} saved")
 
 # %% [markdown]
+# **Exercise 14.3 (15 min, ★★): `logits_at`** in [workbook 14](../exercises/14_distillation.ipynb). Multiply only the rows that count; the check notices an output layer that has seen others.
+#
 # **And the teacher never learns.** It runs in evaluation mode and under `no_grad`: no graph, no gradients, no change.
 #
 # The loss mixes both targets. $\alpha$ is the weight of the teacher; $\alpha = 0$ is plain training, $\alpha = 1$ listens to the teacher alone.
@@ -569,8 +571,9 @@ assert all(weight.grad is None for weight in teacher.parameters())
 assert all(weight.grad is not None for weight in student.parameters())
 
 # %% [markdown]
-# **Exercise 14.3 (20 min, ★★).** Keep only the teacher's 16 best logits of each place and put the rest of the probability into one more class. How far is the loss from the
-# full one? What would it cost to store these for the whole text?
+# **Exercise 14.4 (25 min, ★★★): `DistillLoss`** in [workbook 14](../exercises/14_distillation.ipynb). Write the loss of a training step, with a teacher that stays as it is.
+#
+# **Exercise 14.9 (25 min, ★★★): `top_k_divergence`** in [workbook 14](../exercises/14_distillation.ipynb). Keep only the best $k$ of the teacher's numbers, and measure how much of the divergence is left.
 #
 # ## 14.6 With a teacher, and without
 #
@@ -670,10 +673,10 @@ print(f"a step with a teacher takes {slower:.1f} times as long")
 # Check a time against a count (chapter 7). The teacher has three times the student's weights, so its forward pass costs about as much as the student's forward and backward
 # together: about twice the work. If your number is far from 2, the machine was busy with something else.
 #
-# So the claim holds *at equal steps*, that is, at equal text. At equal time the student alone could take more steps, and whether it would win is your
-# exercise. One way to lower the price: compute the teacher's logits once, keep the largest, and use them for many students (exercise 14.3).
+# So the claim holds *at equal steps*, that is, at equal text. At equal time the student alone could take more steps, and whether it would win is yours
+# to try. One way to lower the price: compute the teacher's logits once, keep the largest, and use them for many students (exercise 14.9).
 #
-# **Exercise 14.4 (25 min, ★★).** Give the student alone so many more steps that both runs take equally long. Who wins now?
+# **Try it.** Give the student alone so many more steps that both runs take equally long. Who wins now?
 #
 # Now look at teacher and student side by side on one held-out text, token by token. The height of a bar is the surprise of chapter 3: $-\log_2$ of the probability that the model gave to the token that came.
 
@@ -695,8 +698,8 @@ for ax, (name, model) in zip(axes, three.items()):
     ax.set(ylabel=f"{name}\n(bits)")
 axes[2].set_xticks(range(end))
 axes[2].set_xticklabels(shown(ids[0, 1 : end + 1]), rotation=90, fontsize=6)
-show(fig, "Surprise at each token of a held-out text, in bits: lower bars are better,"
-          " and the tall ones stand where a new thing begins.")
+show(fig, "Surprise at each token of a held-out text, in bits: lower bars are better, "
+          "and the tall ones stand where a new thing begins.")
 
 # %% [markdown]
 # Compare the columns. Where one word follows from the other, all three are sure. The teacher is ahead where a fact about a person is due: it knows the person, whom the students have hardly met.
@@ -740,9 +743,7 @@ show(fig, "One student, several recipes, one seed: shorter bars are better, and 
 # Did you expect the hot teacher to help? At temperature 2 the student spends its effort on the order of thousands of unlikely tokens, and is then judged at temperature 1, where they hardly count. Ten
 # digits have no such tail. With a longer run and a larger student the answer may change, so measure, and do not copy a temperature from a paper on another kind of task.
 #
-# **Exercise 14.5 (20 min, ★★).** Try $\alpha$ of 0.5 and of 1. Is the label of any use beside this teacher? And beside a bad teacher, say one of 50 steps?
-#
-# **Exercise 14.6 (30 min, ★★).** Let the temperature fall from 2 to 1 over the run. Does it beat both?
+# **Try it.** Try $\alpha$ of 0.5 and of 1. Is the label of any use beside this teacher? And beside a bad teacher, say one of 50 steps?
 #
 # ## 14.7 A teacher that only talks
 #
@@ -798,8 +799,7 @@ print(f"{len(asked):,} questions to ask, such as {asked[0]!r}")
 def answers_of(
     teacher: nn.Module, tokenizer, questions: Sequence[str], max_new_tokens: int = 48
 ) -> list[list[dict]]:
-    """Ask the teacher, greedily: conversations of "role" and "content", as chat data
-    are.
+    """Ask the teacher, greedily; conversations of "role" and "content".
 
     Answers that are empty or not closed within max_new_tokens are left out.
     Kim and Rush 2016, arXiv:1606.07947.
@@ -919,9 +919,9 @@ if scores:
     chapter.record("distill/facts_without", plain["facts completed"])
 
 # %% [markdown]
-# **Exercise 14.7 (25 min, ★★).** Ask the teacher only two of the four phrasings. How does the student fare with a phrasing it never met?
+# **Exercise 14.5 (15 min, ★★): `answers_of`** in [workbook 14](../exercises/14_distillation.ipynb). Let a teacher write chat data: ask, leave out what was not closed, keep the order.
 #
-# **Exercise 14.8 (30 min, ★★★).** Put white box on top: train the same chats with `DistillLoss(chat_teacher)`. Does it need fewer steps?
+# **Try it.** Ask the teacher only two of the four phrasings. How does the student fare with a phrasing it never met?
 #
 # Keep the student, as a folder like all others, and its answers for the report.
 
@@ -1000,8 +1000,8 @@ for column, (ax, (label, unit)) in enumerate(zip(axes, units.items())):
     ax.set_xlabel(label)
 axes[0].set_ylabel("held-out bits per byte")
 show(fig, "Size and speed against quality, lower is better: star teacher, squares "
-          "alone, circles taught. The teacher moves a student down at no cost in size"
-          " or speed.")
+          "alone, circles taught. The teacher moves a student down at no cost in size "
+          "or speed.")
 
 # %% id="distill-size-record"
 columns = ("parameters", "reads_per_second", "writes_per_second", "bits_per_byte")
@@ -1027,9 +1027,7 @@ print(f"the small student gains {small_gain:.3f} bits per byte (one seed)")
 
 # %% id="distill-upcycle"
 def upcycle(dense, experts=4):
-    """The dense model with `experts` copies of each feed-forward layer, two for a
-    token.
-    """
+    """The dense model with copies of each feed-forward layer, two for a token."""
     set_seed(0)
     width = dense.config.intermediate_size
     config = replace(dense.config, num_experts=experts, num_experts_per_tok=2,
@@ -1091,8 +1089,6 @@ show(fig, "Students of two teachers, one seed; the band is the half interval of 
           "around the student of the dense one.")
 
 # %% [markdown]
-# **Exercise 14.9 (25 min, ★★).** Run the experiment with two more seeds and put an interval around the difference between the two teachers.
-#
 # ## 14.10 Where it breaks
 #
 # Each of these mistakes trains without an error. For each there is a small test that shows it.
@@ -1169,6 +1165,10 @@ assert abs(padded(0)[1] - padded(60)[1]) < 1e-3 < abs(padded(0)[0] - padded(60)[
 
 # %% [markdown]
 # The right number does not care. The wrong one moves with the padding, and so does the gradient: the student spends its weights on what the teacher would say about nothing.
+#
+# **Exercise 14.7 (15 min, ★★): `distill_step`** in [workbook 14](../exercises/14_distillation.ipynb). A colleague's loss shrinks with padding and forgives a forgotten word. Find both bugs.
+#
+# **Exercise 14.8 (20 min, ★★★): `jsd`** in [workbook 14](../exercises/14_distillation.ipynb). Write the generalised Jensen-Shannon divergence (Agarwal et al. 2024), which goes from one direction of KL to the other.
 #
 # **Another tokenizer.** Token 17 must mean the same to both. A vocabulary of another size is caught by the loss:
 
@@ -1258,7 +1258,7 @@ assert moved_quality > teacher_quality or profile == "smoke"
 #
 # **Words**: distillation, teacher, student, soft target, hard target, temperature, Kullback-Leibler divergence, white box, black box, sequence-level distillation, upcycling, forward and reverse KL.
 #
-# **Exercise 14.10 (30 min, ★★★).** Start the student from layers of the teacher instead of from chance (Sanh et al. 2019): the same width, every second layer. How much of the gap is left?
+# **Exercises:** 14.1 to 14.9, in place above, with checks in [workbook 14](../exercises/14_distillation.ipynb).
 #
 # **Sources**: Hinton, Vinyals and Dean 2015, arXiv:1503.02531 (soft targets, temperature). Bucilua, Caruana and Niculescu-Mizil 2006 (the idea). Kim and Rush 2016, arXiv:1606.07947 (sequence level). Sanh et al. 2019, *DistilBERT*, arXiv:1910.01108.
 # Gu et al. 2023, *MiniLLM*, arXiv:2306.08543 (reverse KL). Agarwal et al. 2023, arXiv:2306.13649 (on-policy and generalised JSD, as in TRL). Komatsuzaki et al. 2022, arXiv:2212.05055 (upcycling). Gosset 1908, doi:10.2307/2331554 (the t distribution). Next: chapter 15 asks

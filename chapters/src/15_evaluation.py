@@ -68,7 +68,8 @@ def question_problem(row: dict) -> str | None:
     Known are {"prompt" or "ctx", "choices", "label"}, where "continuation" may follow
     each choice, and {"prompt" or "ctx", "target"}.
     """
-    prompt, choices, label = row.get("prompt", row.get("ctx")), row.get("choices"), row.get("label")
+    prompt = row.get("prompt", row.get("ctx"))
+    choices, label = row.get("choices"), row.get("label")
     if not isinstance(prompt, str) or not (prompt.strip() or row.get("continuation")):
         return 'neither "prompt" nor "ctx" holds a text'
     if "target" in row:
@@ -249,7 +250,8 @@ def by_hand(context, option):
     """ln p(option | context): the sum over its tokens."""
     start, ids = len(tokenizer.encode(context)), tokenizer.encode(context + option)
     with torch.no_grad():
-        log_p = base(torch.tensor([ids], device=chapter.device))[0].float().log_softmax(-1)  # (T, V)
+        logits = base(torch.tensor([ids], device=chapter.device))[0]  # (T, V)
+    log_p = logits.float().log_softmax(-1)
     return sum(log_p[t - 1, ids[t]].item() for t in range(start, len(ids)))
 
 first = questions[0]
@@ -267,15 +269,14 @@ for option, nats in zip(first["choices"], slow):
 #| export
 def encode_pair(tokenizer, context: str | list[dict],
                 continuation: str) -> tuple[list[int], list[int]]:
-    """Ids of a context and of its continuation; spaces at the end of the context move
-    to the continuation.
+    """Ids of a context and of its continuation, which gets the spaces in between.
 
     The rule of lm-eval. Messages go through the chat template. An empty context is the
     end-of-text token.
     """
     if not isinstance(context, str):
-        return tokenizer.apply_chat_template(context,
-                                             add_generation_prompt=True), tokenizer.encode(continuation)
+        prompt = tokenizer.apply_chat_template(context, add_generation_prompt=True)
+        return prompt, tokenizer.encode(continuation)
     bare = context.rstrip()
     continuation, before = context[len(bare) :] + continuation, tokenizer.encode(bare)
     if not before:
@@ -292,7 +293,9 @@ print([tokenizer.decode([t]) for t in pair[0]], "|",
       [tokenizer.decode([t]) for t in pair[1]])
 
 # %% [markdown]
-# The other is speed: thousands of short rows of unequal length. They are sorted, so that equal lengths stand together, and padded on the right, where a causal model cannot look. Options of
+# **Exercise 15.1 (10 min, ★★): `encode_pair`** in [workbook 15](../exercises/15_evaluation.ipynb). Three rules, from the text above. The check also uses a tokenizer that begins every text with a token of its own.
+#
+# The other detail is speed: thousands of short rows of unequal length. They are sorted, so that equal lengths stand together, and padded on the right, where a causal model cannot look. Options of
 # one token share all that the model reads, so equal inputs are read once. Inside, `place` and `target` say where each option's tokens are scored, and which they are.
 
 # %% id="evaluate-score-batch"
@@ -301,9 +304,7 @@ print([tokenizer.decode([t]) for t in pair[0]], "|",
 def score_batch(
     model: nn.Module, rows: list[list[int]], sizes: list[int]
 ) -> tuple[list[float], list[bool]]:
-    """Of the last sizes[i] tokens of rows[i]: their ln p in nats, and whether each is
-    the most likely one.
-    """
+    """Of the last sizes[i] tokens of rows[i]: ln p in nats, and is each most likely?"""
     device, inputs = next(model.parameters()).device, {}
     # equal inputs are read once
     number = [inputs.setdefault(tuple(row[:-1]), len(inputs)) for row in rows]
@@ -317,19 +318,22 @@ def score_batch(
     logits = model(ids.to(device))[which.to(device), place.to(device)]  # (tokens, V)
     log_p = logits.float().log_softmax(-1).cpu()
     own, best = log_p.gather(1, target[:, None])[:, 0].double(), log_p.argmax(1) == target
-    return [x.sum().item() for x in own.split(sizes)], [bool(x.all())
-                                                        for x in best.split(sizes)]
+    return ([x.sum().item() for x in own.split(sizes)],
+            [bool(x.all()) for x in best.split(sizes)])
 
 # %% [markdown]
-# The second result says whether greedy generation would have written the option. And all pairs, in batches:
+# The second result says whether greedy generation would have written the option.
+#
+# **Exercise 15.2 (25 min, ★★★): `score_batch`** in [workbook 15](../exercises/15_evaluation.ipynb). Rebuild it in any way, a loop over the rows for example; the check compares with one pass of the model per token.
+#
+# And all pairs, in batches:
 
 # %% id="evaluate-score-pairs"
 #| export
 def score_pairs(
     model: nn.Module, pairs: Sequence[tuple[list[int], list[int]]], batch_size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ln p(continuation | context) in nats for pairs of ids, and whether greedy choice
-    would write it; (N,) each.
+    """ln p(continuation | context) in nats, and is it the greedy choice? (N,) each.
 
     Rows that are too long for the model lose their beginning, as in lm-eval.
     """
@@ -381,9 +385,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def render(row: dict, form: str) -> list[tuple[str | list[dict], str]]:
-    """One (context, continuation) per option. A row may have a "stem": a sentence that
-    the option ends.
-    """
+    """One (context, continuation) per option, which ends the row's "stem" if any."""
     question, stem, choices = row["prompt"], row.get("stem"), row["choices"]
     # the options are contexts, and what follows is the same: it has one form
     if "continuation" in row:
@@ -417,20 +419,18 @@ def choose(
     model: nn.Module, tokenizer, questions: Sequence[dict], form: str = "statement",
     batch_size: int = 64
 ) -> list[dict]:
-    """Answer rows of "prompt", "choices", "label" by likelihood: the same rows with
-    what was found.
+    """Answer rows of "prompt", "choices", "label" by likelihood.
 
-    "nats" of each option; "chosen" and "right" by the sum, "chosen_norm" and
-    "right_norm" by nats per character.
+    The same rows come back with "nats" of each option; "chosen" and "right" by the
+    sum, "chosen_norm" and "right_norm" by nats per character.
     """
     pairs = [[encode_pair(tokenizer, *pair) for pair in render(row, form)]
              for row in questions]
     nats, _ = score_pairs(model, [pair for some in pairs for pair in some], batch_size)
     ends, rows = np.cumsum([len(some) for some in pairs]), []
     for row, own in zip(questions, np.split(nats, ends[:-1])):
-        plain, norm = int(own.argmax()), int((own
-                                              / [len(choice)
-                                                 for choice in row["choices"]]).argmax())
+        lengths = [len(choice) for choice in row["choices"]]
+        plain, norm = int(own.argmax()), int((own / lengths).argmax())
         found = {"chosen": plain, "chosen_norm": norm, "right": plain == row["label"],
                  "right_norm": norm == row["label"]}
         rows.append({**row, **found, "nats": own.tolist()})
@@ -459,9 +459,7 @@ for name, rows in choice.items():
 # Choosing is easier than completing: the true value need only be likelier than three others, not likelier than every token. So these shares lie above those of 15.1, and the two must not be
 # mixed in one table.
 #
-# **Exercise 15.1 (15 min, ★★).** Divide by tokens, or by bytes, instead of characters. For which questions does the choice change?
-#
-# **Exercise 15.2 (20 min, ★★).** Subtract the option's score after an empty question ("Answer:"). What does this correct (Holtzman et al. 2021)?
+# **Exercise 15.3 (15 min, ★★): `choose`** in [workbook 15](../exercises/15_evaluation.ipynb). Rebuild it by both rules. The options must be dealt out again in order, and characters are those of the option itself.
 #
 # ## 15.3 The same question in other words
 #
@@ -541,8 +539,6 @@ show(fig, "Letters: the right answers are spread evenly, the models' choices are
 # So a score belongs to a model *and* a form. Compare models only in the same form, and name it. On large models the spread is smaller but does not vanish: Sclar et al. (2023) found up to 76 points between forms that mean
 # the same.
 #
-# **Exercise 15.3 (20 min, ★★).** Put two solved questions before each one (few-shot). Which form gains most?
-#
 # ## 15.4 A share and its interval
 #
 # A test has a few hundred questions out of all that could have been asked. Another few hundred would give another share. How far would it move? We have no other questions, but we can
@@ -563,8 +559,9 @@ for _ in range(4):
 def bootstrap(
     values: Sequence[float], weights: Sequence[float] | None = None, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """Mean of values (N,), or sum(values) / sum(weights), and the ends of its 95%
-    interval (Efron 1979).
+    """Mean of values (N,) and the ends of its 95% interval (Efron 1979).
+
+    With weights: sum(values) / sum(weights).
     """
     values = np.asarray(values, dtype=float)
     if not len(values):
@@ -604,6 +601,8 @@ show(fig, "Two thousand redrawn tests: the solid line is the measured share, 95%
           "the redrawn shares lie between the dashed lines.")
 
 # %% [markdown]
+# **Exercise 15.4 (15 min, ★★): `bootstrap`** in [workbook 15](../exercises/15_evaluation.ipynb). With weights, a question that is drawn brings both its value and its weight.
+#
 # ### Where the bootstrap fails
 #
 # **Before you run this**: a model answers 20 of 20 questions. What is its bootstrap interval?
@@ -618,9 +617,7 @@ print("bootstrap:", bootstrap([1] * 20))
 # %% id="evaluate-wilson"
 #| export
 def wilson(right: int, total: int) -> tuple[float, float]:
-    """The 95% score interval of a share (Wilson 1927); it holds near 0 and 1 too, where
-    the bootstrap fails.
-    """
+    """The 95% score interval of a share, also near 0 and 1 (Wilson 1927)."""
     if not 0 <= right <= total or total < 1:
         raise ValueError(f"{right} right of {total}: expected 0 <= right <= total, and "
                          "a question at least")
@@ -636,9 +633,7 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 # %% id="evaluate-coverage"
 def coverage(truth, n, trials=150):
-    """How often each interval holds the true share, over simulated tests of n
-    questions.
-    """
+    """How often each interval holds the truth, over simulated tests."""
     rng, hits = np.random.default_rng(3), np.zeros(2)
     for _ in range(trials):
         answers = rng.random(n) < truth
@@ -655,6 +650,8 @@ assert held[0.98][0] < 0.85 < held[0.98][1]
 # %% [markdown]
 # In the middle both keep their promise; at the edge only Wilson does. Shares get Wilson's interval from here on; everything else the bootstrap.
 #
+# **Exercise 15.5 (15 min, ★★): `wilson`** in [workbook 15](../exercises/15_evaluation.ipynb). From the formula, with exact ends. The check finds the same ends without it, by bisection.
+#
 # ### Better than chance?
 #
 # With an interval there is an honest way to say whether a model knows anything. One function writes the sentence, so that nobody is tempted to write a better one:
@@ -662,19 +659,17 @@ assert held[0.98][0] < 0.85 < held[0.98][1]
 # %% id="evaluate-chance-sentence"
 #| export
 def chance_level(rows: Sequence[dict]) -> float:
-    """The share that guessing gets right: the mean of 1 / number of options; 0 where
-    there are none.
-    """
+    """What guessing gets right: the mean of 1 / options, 0 where there are none."""
     return sum(1 / len(row["choices"]) for row in rows
                if "choices" in row) / max(1, len(rows))
 
 
 def chance_sentence(name: str, right: Sequence[bool], chance: float) -> str:
-    """The result of one test in words: "better than chance" only when the whole 95%
-    interval lies above it.
-    """
+    """One result in words; "better" only if the whole 95% interval is above chance."""
     low, high = wilson(sum(map(bool, right)), len(right))
-    verdict = "better than" if low > chance else "worse than" if high < chance else "not different from"
+    verdict = "not different from"
+    if low > chance or high < chance:
+        verdict = "better than" if low > chance else "worse than"
     result = f"{sum(map(bool, right)) / len(right):.1%} of {len(right)} right"
     interval = f"95% interval {low:.1%} to {high:.1%}"
     return f"{name}: {result}, {interval}, chance {chance:.1%}: {verdict} chance"
@@ -718,8 +713,6 @@ for name, rows in choice_tests.items():
               f"guessing {chance_level(rows):.0%}")
 
 # %% [markdown]
-# **Exercise 15.4 (15 min, ★★).** How many of 20 tests of pure guessing come out "better than chance"? Simulate a thousand times.
-#
 # ## 15.5 Two models, the same questions
 #
 # Back to 15.1. Each model has its interval:
@@ -772,6 +765,8 @@ assert mcnemar([1] * 7 + [0] + [1] * 20, [0] * 7 + [1] + [1] * 20) == 2 * (8 + 1
 print(f"seven to one: p = {2 * 9 / 256:.3f}; base against chat: p = {mcnemar(a, b):.2g}")
 
 # %% [markdown]
+# **Exercise 15.6 (15 min, ★★): `mcnemar`** in [workbook 15](../exercises/15_evaluation.ipynb). From the formula; the check counts all ways in which the coins can fall.
+#
 # The same idea without a formula is a **permutation test**: swap the two models on a random half of the questions, many times, and count how often the difference gets as large as the real one. It also works where a question gives a
 # number instead of right or wrong.
 
@@ -786,6 +781,8 @@ print(f"permutation {permutation(a, b):.4f}, McNemar {mcnemar(a, b):.4f}")
 assert abs(permutation(a, b) - mcnemar(a, b)) < 0.03
 
 # %% [markdown]
+# **Exercise 15.8 (10 min, ★★): `permutation_test`** in [workbook 15](../exercises/15_evaluation.ipynb). A permutation test for marks in place of right and wrong: one bug makes every p-value 1, the other shows when the two models are swapped.
+#
 # scipy has the coin test as `binomtest`:
 
 # %% id="evaluate-scipy"
@@ -849,8 +846,8 @@ show(fig, "Differences between the two models with 95% intervals: the paired one
           "the narrower one where most answers agree.")
 
 # %% [markdown]
-# If facts are in the list, the first line answers 15.1: in the models that ship with the course, fine-tuning did cost facts, about three in a hundred, although the two separate intervals overlap. Overlapping intervals are no proof
-# of equality, and the paired test is the one that fits the question.
+# If facts are in the list, the first line answers 15.1. In the models that ship with the course the two disagree on 12 facts of a thousand, nine to three: p is 0.15, and a loss this small drowns in noise. An earlier pair of models, with 500 facts, differed by three in a hundred;
+# there the paired test saw a loss, although the two separate intervals overlapped. Overlapping intervals are no proof of equality, and the paired test is the one that fits the question.
 #
 # ### How many questions does it take?
 #
@@ -863,8 +860,7 @@ show(fig, "Differences between the two models with 95% intervals: the paired one
 # %% id="evaluate-questions-needed"
 #| export
 def questions_needed(difference: float, variance: float, power: float = 0.8) -> int:
-    """Questions needed to see `difference` (0.02 is two points) at the 5% level with
-    probability `power`.
+    """Questions that show `difference` at the 5% level with probability `power`.
 
     variance of one question's difference: pa (1 - pa) + pb (1 - pb) for two separate
     tests; for the same questions the share on which the models disagree, minus
@@ -877,6 +873,8 @@ def questions_needed(difference: float, variance: float, power: float = 0.8) -> 
     return math.ceil((z(0.975) + z(power)) ** 2 * variance / difference**2)
 
 # %% [markdown]
+# **Exercise 15.7 (10 min, ★): `questions_needed`** in [workbook 15](../exercises/15_evaluation.ipynb). The check looks at both z, at the power, and at a negative difference.
+#
 # Read the table before you plan a test: two models at about 70%, which disagree on one question in ten.
 
 # %% id="evaluate-needed-table"
@@ -945,7 +943,7 @@ found = check("evaluate/power", power(0.05, 0.1, n, chapter.size.trials))
 # %% [markdown]
 # A little less than 80%: the exact test is more careful than the formula.
 #
-# **Exercise 15.5 (20 min, ★★).** Test after every ten questions and stop when p is below 0.05. How often do two equal models "differ"?
+# **Exercise 15.10 (20 min, ★★): `peeking`** in [workbook 15](../exercises/15_evaluation.ipynb). You look after every ten questions and stop when p is below 0.05. How often do two equal models "differ"? Predict, then measure.
 #
 # ## 15.6 A test that was in the training text
 #
@@ -954,9 +952,7 @@ found = check("evaluate/power", power(0.05, 0.1, n, chapter.size.trials))
 
 # %% id="evaluate-strangers"
 def stranger(name, relation, rng):
-    """A question about nobody, with an answer drawn by lot, and the same question in
-    other words.
-    """
+    """A question about nobody, its answer drawn by lot, and the same in other words."""
     first, other = rng.sample(ASKS[relation], 2)
     row = {"id": f"{name} {relation}", "prompt": first.format(n=name),
            "other": other.format(n=name)}
@@ -1051,7 +1047,7 @@ show(fig, "A model trained on half of the test: high on what it has read, at cha
           "(dotted) on what was kept back.")
 
 # %% [markdown]
-# The middle bars are the honest score. Asked in other words, the leak is worth less, but not nothing: part of what was learned is the sentence, part the fact.
+# The middle bars are the honest score. The right ones show that other words do not save a leaked test: what was learned is the fact, and the sentence is only its clothes.
 #
 # How would you notice, from outside? Not by general quality: bits per byte on held-out text move a little, as any further training moves them. The mark of a leak is a gap between questions that could have leaked and fresh ones of the same kind.
 
@@ -1086,9 +1082,7 @@ print(f"six words in a row as in the test: {len(found) - planted} of {len(before
       f"ordinary texts, {planted} of 20 planted")
 
 # %% [markdown]
-# **Exercise 15.6 (25 min, ★★★).** How often must an answer be read to be known? Leak 1, 4 and 16 times, and draw the curve.
-#
-# **Exercise 15.7 (20 min, ★★).** Find the leaked questions from outside: compare nats of the test with nats of the same test reworded.
+# **Try it.** How often must an answer be read to be known? Leak 1, 4 and 16 times, and draw the curve.
 #
 # ## 15.7 The same score from lm-eval
 #
@@ -1287,7 +1281,7 @@ if claims:
     assert cost["YaRN"] < cost["NTK"] < cost["plain"] < cost["linear"]
 
 # %% [markdown]
-# **Exercise 15.8 (30 min, ★★★).** Measure gain: put a sentence at the start of a long row and ask about it at the end. How far can each method reach?
+# **Try it.** Measure gain: put a sentence at the start of a long row and ask about it at the end. How far can each method reach?
 #
 # ## 15.9 All stages side by side
 #
@@ -1299,9 +1293,7 @@ import time
 from minimind.sft import ask_all, answers_right
 
 def answered(model):
-    """Questions with right or wrong, of three kinds; the world's lists are empty for
-    other data.
-    """
+    """Three kinds of questions, answered; other data have no facts or questions."""
     picked = asked[:: chapter.size.every_question]
     yield "choice", choose(model, tokenizer, questions), "right"
     yield "facts", facts_known(model, tokenizer, facts)[1], "known"
@@ -1309,9 +1301,7 @@ def answered(model):
                                      max_new_tokens=24)[1] if picked else [], "right"
 
 def measure(model, name):
-    """All numbers of one stage; right and wrong by question are kept for `course
-    compare`.
-    """
+    """All numbers of one stage; each answer is kept for `course compare`."""
     result = {"parameters": model.num_parameters(),
               "bits_per_byte": bits_per_byte_of(model)}
     for kind, rows, key in answered(model):
@@ -1331,8 +1321,10 @@ def measure(model, name):
 # %% id="evaluate-stages-run"
 stage_scores = {}
 for name, folder in stages.items():
-    theirs = Tokenizer.from_pretrained(folder) if (folder / "tokenizer.json").exists() else tokenizer
-    assert theirs.token_bytes() == tokenizer.token_bytes(), f"{name} has another tokenizer than the base model"
+    own = (folder / "tokenizer.json").exists()
+    theirs = Tokenizer.from_pretrained(folder) if own else tokenizer
+    same = theirs.token_bytes() == tokenizer.token_bytes()
+    assert same, f"{name} has another tokenizer than the base model"
     scores = stage_scores[name] = measure(load(name), name)
     print(name, "  ".join(f"{key} {value:,.4g}" for key, value in scores.items()))
 
@@ -1357,6 +1349,8 @@ show(fig, "Every stage of this run: answers right against size, against time for
           "answer, and against bits per byte.")
 
 # %% [markdown]
+# **Exercise 15.9 (10 min, ★): `pass_at_k`** in [workbook 15](../exercises/15_evaluation.ipynb). Predict one number, then write the chance that one of k tries is right, from n tries and without bias.
+#
 # The numbers with their bands. For bits per byte, the interval comes from the bootstrap over blocks of text; weights are bytes.
 
 # %% id="evaluate-claim"
@@ -1369,7 +1363,8 @@ for name, scores in stage_scores.items():
 blocks = valid_tokens.split(512)[:-1]
 num_bytes = [int(byte_lengths[block[1:]].sum()) for block in blocks]
 bits = [bits_per_byte_of(base, block) * size for block, size in zip(blocks, num_bytes)]
-print("base model: {:.3f} bits per byte, 95% interval {:.3f} to {:.3f}".format(*bootstrap(bits, num_bytes)))
+mean, low, high = bootstrap(bits, num_bytes)
+print(f"base model: {mean:.3f} bits per byte, 95% interval {low:.3f} to {high:.3f}")
 
 # %% [markdown]
 # ### Two runs
@@ -1383,7 +1378,7 @@ print("base model: {:.3f} bits per byte, 95% interval {:.3f} to {:.3f}".format(*
 # which pairs equal questions as 15.5 did, and says which differences are noise. Two runs that differ in nothing but the seed differ in every number; with several
 # seeds of each kind (`--against`), the interval is over seeds, and that is the one to trust for a claim about a *method*.
 #
-# **Exercise 15.9 (30 min, ★★★).** Run chapters 9 to 15 with two seeds. Which numbers does `compare` call noise? Which surprise you?
+# **Try it.** Run chapters 9 to 15 with two seeds. Which numbers does `compare` call noise? Which surprise you?
 #
 # ## 15.10 Recap
 #
@@ -1395,7 +1390,7 @@ print("base model: {:.3f} bits per byte, 95% interval {:.3f} to {:.3f}".format(*
 #
 # **Words**: multiple choice by likelihood, length normalisation, prompt form, bootstrap, confidence interval, coverage, chance level, paired test, p-value, power, contamination, context extension.
 #
-# **Exercise 15.10 (20 min, ★★).** Write the sentence for a *difference* as `chance_sentence` does for a share, and test it at the edges.
+# **Exercises:** 15.1 to 15.10, in place above, with checks in [workbook 15](../exercises/15_evaluation.ipynb).
 #
 # **Sources**: Brown et al. 2020, arXiv:2005.14165 (choice by likelihood, contamination). Gao et al. 2021, *lm-evaluation-harness*. Holtzman et al. 2021, arXiv:2104.08315 (why surface forms compete). Sclar et al. 2023,
 # arXiv:2310.11324 (prompt formats). Efron 1979 (bootstrap). Wilson 1927 (intervals of a share). McNemar 1947 (paired shares). Miller 2024, arXiv:2411.00640 (error bars for evaluations). Peng et al. 2023,

@@ -157,6 +157,8 @@ def _groups(attention_weights) -> None:
     })  # fmt: skip
     unchanged("q", before[0], q)
     unchanged("k", before[1], k)
+    more = heads(H=12, K=2, B=1)[:2]
+    equal(attention_weights(*more), shares(*more), "12 query heads, two key heads", "right for four heads over two, and not here")
     for options, allowed in (({"is_causal": True}, looks_back(5, 5)), ({"attention_mask": torch.rand(2, 1, 5, 5) < 0.6}, None)):
         if allowed is None:
             options["attention_mask"] |= torch.eye(5, dtype=torch.bool)
@@ -191,6 +193,9 @@ def check_attention(attention):
               {f"{name} is not handed on": full})  # fmt: skip
     both = F.scaled_dot_product_attention(q, k, v, own & looks_back(5, 5), enable_gqa=True)
     equal(attention(q, k, v, own, True), both, f"{given}, both masks, given by position", "the arguments are q, k, v, attention_mask, is_causal")
+    more = heads(H=12, K=2, B=1)
+    equal(attention(*more), F.scaled_dot_product_attention(*more, enable_gqa=True), "12 query heads, two key/value heads",
+          "right for four heads over two, and not here: each key/value head is repeated H / K times")  # fmt: skip
     _gradients(attention, q, k, v)
 
 
@@ -327,6 +332,7 @@ def check_attention_layer(Attention):
 
 
 def _with_cache(layer, x, y) -> None:
+    equal(layer(x[:, :2]), y[:, :2], "the first two positions of x alone", "right for six positions, and not for two")
     cache = Kept()
     parts = [layer(x[:, :3], kv_cache=cache), layer(x[:, 3:4], kv_cache=cache), layer(x[:, 4:], kv_cache=cache)]
     if not cache.layers:
@@ -339,6 +345,11 @@ def _with_cache(layer, x, y) -> None:
     for name, part, start, stop in zip(("three", "one more", "two more"), parts, (0, 3, 4), (3, 4, 6), strict=True):
         equal(part, y[:, start:stop], f"{name} position(s), with a kv_cache", "with a cache the result must be that of the whole text at once; "
               "new queries stand at the end of all keys, and torch's is_causal counts from the first key")  # fmt: skip
+    cache, own = Kept(), looks_back(6, 6) & ~looks_back(6, 6).tril(-3)
+    layer(x[:, :3], attention_mask=own[:3, :3], kv_cache=cache)
+    equal(layer(x[:, 3:], attention_mask=own[3:], kv_cache=cache), layer_output(layer, x, own)[:, 3:],
+          "three positions, then three, with a kv_cache and a mask (3, 6) of the last three positions",
+          "with a cache a mask that is given must still be used, and it already says everything")  # fmt: skip
 
 
 # -- beyond

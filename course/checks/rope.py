@@ -174,10 +174,11 @@ def check_yarn_ramp(yarn_ramp):
         "the share grows with the pair, not with its turns": ((32 - turns) / 31).clamp(0, 1),
     })  # fmt: skip
     more = {"beta_fast": 16, "beta_slow": 2}
-    for D, theta, trained, options in ((32, 100.0, 24, {}), (128, 1e6, 32768, {}), (64, 1e4, 4096, more), (8, 1e4, 4, {})):
+    for D, theta, trained, options in ((32, 100.0, 24, {}), (128, 1e6, 32768, {}), (64, 1e4, 4096, more), (8, 1e4, 4, {}), (8, 10.0, 942, {}),
+                                       (8, 10.0, 15_078, {})):
         given = f"yarn_ramp({D}, {theta:g}, {trained}, {options})"
         equal(yarn_ramp(D, theta, trained, **options), ramp_of(D, theta, trained, *options.values()), given,
-              "right for the first case, and not here; the borders lie between 0 and D - 1, and must not be equal")  # fmt: skip
+              "right for the first case, and not here; the borders lie between 0 and D - 1, and must not be equal", tolerance=1e-6)  # fmt: skip
 
 
 def _unrounded(D, theta, trained):
@@ -201,6 +202,8 @@ def check_rope_frequencies(rope_frequencies):
     if factor != 1:
         fail("without scaling, the factor on cos and sin is 1", given, 1.0, factor)
     speeds, factor = rope_frequencies(8, 1e4, {"rope_type": "linear", "factor": 4.0})
+    if factor != 1:
+        fail("linear scaling leaves cos and sin as they are: the factor on them is 1", "linear scaling by 4", 1.0, factor)
     equal(speeds, plain / 4, "linear scaling by 4", "linear scaling divides every speed by the factor", {
         "linear scaling has no effect": plain, "the speeds are multiplied: the text would be shortened, not stretched": plain * 4,
         "the base is scaled instead of the speeds": speeds_of(8, 4e4),
@@ -208,6 +211,8 @@ def check_rope_frequencies(rope_frequencies):
     dynamic = {"rope_type": "dynamic", "factor": 2.0}
     equal(rope_frequencies(8, 1e4, dynamic, 100, 50)[0], plain, "dynamic scaling, trained with 100 positions, 50 now",
           "up to the trained length dynamic scaling changes nothing")  # fmt: skip
+    equal(rope_frequencies(8, 1e4, dynamic, 100)[0], plain, "dynamic scaling, trained with 100 positions, no seq_len",
+          "without seq_len the length now is the trained length, and dynamic scaling changes nothing")  # fmt: skip
     raised = 1e4 * (2.0 * 300 / 100 - 1) ** (8 / 6)
     equal(rope_frequencies(8, 1e4, dynamic, 100, 300)[0], speeds_of(8, raised), "dynamic scaling by 2, trained with 100 positions, 300 now",
           "the base must be raised by (factor * length / trained - (factor - 1)) to the power D / (D - 2)", {
@@ -227,6 +232,15 @@ def check_rope_frequencies(rope_frequencies):
         fail("YaRN's factor on cos and sin is 0.1 ln(factor) + 1", "YaRN by 4", round(0.1 * math.log(4) + 1, 4), factor)
     if rope_frequencies(64, 1e4, {**yarn, "attention_factor": 1.25})[1] != 1.25:
         fail("an attention_factor that is given counts", "YaRN with attention_factor 1.25", 1.25)
+    tripled = {"rope_type": "dynamic", "factor": 3.0}
+    raised = speeds_of(8, 1e4 * 7.0 ** (8 / 6))
+    equal(rope_frequencies(8, 1e4, tripled, 100, 300)[0], raised, "dynamic scaling by 3, trained with 100 positions, 300 now",
+          "right for a factor of 2, and not here: (factor * length / trained - (factor - 1))")  # fmt: skip
+    doubled, ramp = rope_frequencies(64, 1e4, {"rope_type": "yarn", "factor": 2.0}, 8192), ramp_of(64, 1e4, 8192)
+    equal(doubled[0], plain * (1 - ramp) + plain / 2 * ramp, "YaRN by 2, with max_position_embeddings = 8,192 and no other length",
+          "without original_max_position_embeddings, the trained length is max_position_embeddings", tolerance=1e-6)  # fmt: skip
+    if abs(doubled[1] - (0.1 * math.log(2) + 1)) > 1e-6:
+        fail("YaRN's factor on cos and sin is 0.1 ln(factor) + 1", "YaRN by 2", round(0.1 * math.log(2) + 1, 4), doubled[1])
     unknown, short = {"rope_type": "longer", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}
     for what, options in (("an unknown kind", unknown), ("yarn without a length", short), ("dynamic without a length", dynamic)):
         try:

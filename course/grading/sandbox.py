@@ -3,7 +3,7 @@
 `Sandbox.open(...)` runs cells in a confined process and gives, for every name that they define, plain data or a stand-in (`Remote`): calling it
 sends the arguments over, and what comes back is data. The check and its verdict stay in this process, where no answer ever runs.
 
-    python -m course.sandbox      says which protection is on
+    python -m course.grading.sandbox      says which protection is on
 """
 
 from __future__ import annotations
@@ -11,30 +11,40 @@ from __future__ import annotations
 import array
 import builtins
 import collections
+import dataclasses
 import importlib
 import inspect
 import io
 import json
 import keyword
+import operator
 import os
 import pickle
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
+import numpy
 import torch
 from torch import nn
 
-from course.confine import Limits
-from course.wire import Channel, Closed, Decoder, Encoder, TooLate, WireError
+from course.grading import objects
+from course.grading.confine import Limits
+from course.grading.wire import Channel, Closed, Decoder, Encoder, TooLate, WireError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SERVER = "MINIMIND_SANDBOX"  # names the socket of a server that is already there
-BY_NAME = ("torch", "numpy", "minimind", "math", "builtins", "collections")
+BY_NAME = ("torch", "numpy", "minimind", "math", "builtins", "collections", "random", "types", "pathlib", "datetime", "decimal", "fractions",
+           "functools", "itertools", "operator", "string", "tokenizers", "tiktoken")  # fmt: skip
+PROTOCOLS = {"iter": iter, "next": next, "len": len, "getitem": operator.getitem, "contains": operator.contains, "enter": lambda v: v.__enter__(),
+             "exit": lambda v, *_: bool(v.__exit__(None, None, None)), "call": lambda v, *args, **kwargs: v(*args, **kwargs)}  # fmt: skip
+PLAIN = (bool, int, float, str, bytes, list, tuple, dict, set, frozenset, torch.dtype, torch.device)
 CALLBACKS = 100_000  # calls back in one exercise
 
 
@@ -64,8 +74,8 @@ class Server:
         self.path, self.process, self.folder = path, process, folder
 
     @classmethod
-    def start(cls) -> Server:
-        """Start a server; it ends with this process."""
+    def start(cls, first: str = "") -> Server:
+        """Start a server; it ends with this process. `first` is code that it runs before, for tests."""
         if not hasattr(os, "fork"):
             raise RuntimeError("answers can be run apart only on Linux and macOS; on Windows use WSL")
         folder = tempfile.mkdtemp(prefix="grade-")
@@ -73,9 +83,9 @@ class Server:
         environment = {"PATH": os.environ.get("PATH", "/usr/bin:/bin"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
                        "OPENBLAS_NUM_THREADS": "1", "LANG": "C.UTF-8", "MPLBACKEND": "agg", "PYTHONDONTWRITEBYTECODE": "1",
                        "HOME": os.path.expanduser("~")}  # fmt: skip  (matplotlib keeps what it knows about fonts there)
-        process = subprocess.Popen([sys.executable, "-m", "course.sandbox_worker", path], stdin=subprocess.PIPE, cwd=folder, env=environment,
-                                   start_new_session=True)  # fmt: skip
-        deadline = time.monotonic() + 120
+        code = f"{first}\nimport sys\nfrom course.grading.worker import main\nmain(sys.argv[1])"
+        process = subprocess.Popen([sys.executable, "-c", code, path], stdin=subprocess.PIPE, cwd=folder, env=environment, start_new_session=True)
+        deadline = time.monotonic() + 300  # a cold disk and a busy machine
         while not os.path.exists(path):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError("the server of the sandboxes did not start")
@@ -122,7 +132,8 @@ class Sandbox:
         self.left = limits.wall_seconds  # of waiting for this process
         self.control = server.connect()
         here, there = socket.socketpair()
-        job = json.dumps({"cells": cells, "limits": limits.plain(), "hide": hide or {}, "give": give or {}, "namespaces": namespaces}).encode()
+        job = {"cells": cells, "limits": limits.plain(), "hide": hide or {}, "give": give or {}, "namespaces": namespaces, "in_place": in_place}
+        job = json.dumps(job).encode()
         self.control.sendmsg([len(job).to_bytes(4, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [there.fileno()]))])
         self.control.sendall(job)
         there.close()
@@ -199,6 +210,7 @@ class Sandbox:
                     self.called_back(message, buffers)
                     continue
                 if "error" in message:
+                    self.changes(message, buffers, sent)
                     raise remote_error(message["error"])
                 return self.decode_reply(message, buffers, sent), message
             except TooLate:
@@ -226,15 +238,29 @@ class Sandbox:
             leaves = sent.leaves() if sent else []
             dummy = torch.zeros((), requires_grad=True)
             tensors = list(_Bridge.apply(self, message.get("graph"), tensors, message.get("kept"), dummy, *leaves))
-        decoder = Decoder(buffers, lambda code: self.rebuild(decoder, code, tensors))
+        decoder = Decoder(buffers, lambda code: self.rebuild(decoder, code, tensors, sent))
         value = decoder(message.get("ok"))
-        if sent and type(message.get("changed")) is dict:
-            if sent.apply(message["changed"], decoder, self.in_place):
-                self.odd.add("changes its arguments in place")
+        self.changes(message, buffers, sent, tensors)
         return value
 
-    def rebuild(self, decoder: Decoder, code: list, tensors: list) -> object:
+    def changes(self, message: dict, buffers: list[bytes], sent: Sent | None, tensors: list = ()) -> None:
+        """Make the changes that an answer made to what it was given, where its exercise allows it; else only note them."""
+        if sent and type(message.get("changed")) is dict:
+            decoder = Decoder(buffers, lambda code: self.rebuild(decoder, code, tensors, sent))
+            if sent.apply(message["changed"], decoder, self.in_place):
+                self.odd.add("changes its arguments in place")
+
+    def rebuild(self, decoder: Decoder, code: list, tensors: list, sent: Sent | None = None) -> object:
         kind = code[0]
+        if kind in ("argument", "tensor argument") and sent and self.in_place:
+            found = (sent.objects if kind == "argument" else sent.tensors)[code[1]]
+            if type(code[1]) is not int or code[1] < 0:
+                raise WireError("no argument")
+            return found
+        if kind == "data":
+            return _dataclass(code[1], code[2], [[name, decoder(part)] for name, part in code[3]])
+        if kind == "parameter":
+            return nn.Parameter(decoder(code[1]), requires_grad=bool(code[2]))
         if kind == "live":
             return tensors[code[1]]
         if kind == "named":
@@ -280,9 +306,9 @@ class Sandbox:
                 args, kwargs = decoder(message["args"]), decoder(message["kwargs"])
                 if type(args) is not list or type(kwargs) is not dict or not all(type(k) is str for k in kwargs):
                     raise WireError("no arguments")
-                value = value(*args, **kwargs)
+                value = PROTOCOLS[message["how"]](value, *args, **kwargs)
             encoder = self.encoder(Sent())
-            self.send({"ok": encoder(value)}, encoder.buffers)
+            self.send({"ok": encoder.whole(value)}, encoder.buffers)
         except (AnswerFailed, WireError):
             raise
         except Exception as error:
@@ -302,8 +328,9 @@ class Sandbox:
         }  # fmt: skip
         message = {
             "op": operation, "env": environment, "owner": owner.encode(encoder) if owner is not None else None,
-            "target": target(encoder) if callable(target) else target, "args": encoder(list(args)), "kwargs": encoder(dict(kwargs or {})),
+            "target": target(encoder) if callable(target) else target, "given": encoder.whole([list(args), dict(kwargs or {})]),
         }  # fmt: skip
+        sent.objects = objects.listed([list(args), dict(kwargs or {})], closed=sent.closed)
         self.send(message, encoder.buffers)
         return self.answer_to(sent)
 
@@ -365,6 +392,7 @@ class Sent:
 
     def __init__(self) -> None:
         self.tensors, self.boxes, self.generators, self.own_buffers = [], [], [], set()
+        self.objects, self.closed = [], set()
 
     def leaves(self) -> list:
         return [t for t in self.tensors if t.requires_grad]
@@ -376,25 +404,30 @@ class Sent:
         otherwise look right to a check that computes the expected result afterwards. Buffers of the answer's own modules always follow.
         """
         left_out = False
-        for kind in ("tensors", "grads"):
-            for index, code in _pairs(changed.get(kind), len(self.tensors)):
-                target, new = self.tensors[index], decoder(code)
-                if not isinstance(new, torch.Tensor) or new.shape != target.shape:
-                    continue
-                if not in_place and id(target) not in self.own_buffers:
-                    target.changed_by_answer = left_out = True  # for checks that forbid it
-                elif kind == "grads":
-                    target.grad = new.to(target.dtype)
-                else:
-                    with torch.no_grad():
-                        target.copy_(new)
-        for index, code in _pairs(changed.get("boxes"), len(self.boxes)):
-            target, new = self.boxes[index], decoder(code)
-            if not in_place:
-                left_out = True
-            elif type(new) is type(target):
-                target.clear()
-                target.update(new) if isinstance(target, dict) else target.extend(new)
+        for index, code in _pairs(changed.get("tensors"), len(self.tensors)):
+            target = self.tensors[index]
+            if not in_place and id(target) not in self.own_buffers:
+                target.changed_by_answer = left_out = True  # for checks that forbid it
+                continue
+            new = decoder(code)
+            if isinstance(new, torch.Tensor) and new.shape == target.shape:
+                with torch.no_grad():
+                    target.copy_(new)
+        for index, code in _pairs(changed.get("grads"), len(self.tensors)) if in_place else ():
+            target, new = self.tensors[index], decoder(code)
+            if new is None or (isinstance(new, torch.Tensor) and new.shape == target.shape):
+                target.grad = None if new is None else new.to(target.dtype)
+        for index, on in _pairs(changed.get("trained"), len(self.tensors)) if in_place else ():
+            if self.tensors[index].is_leaf and self.tensors[index].is_floating_point():
+                self.tensors[index].requires_grad_(on is True)
+        for index, code in _pairs(changed.get("objects"), len(self.objects)):
+            if not in_place and not isinstance(self.objects[index], random.Random):
+                left_out = left_out or not objects.stateful(self.objects[index])
+                continue
+            try:
+                objects.made(self.objects[index], code, decoder)
+            except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+                raise WireError(f"a change that cannot be made ({type(error).__name__})") from None
         for generator, code in zip(self.generators, changed.get("generators") or []):
             try:
                 generator.set_state(decoder(code))
@@ -409,20 +442,36 @@ def _pairs(value: object, count: int) -> list:
     return [p for p in value if type(p) is list and len(p) == 2 and type(p[0]) is int and 0 <= p[0] < count]
 
 
+class _Together(Exception):
+    """A value has parts whose identity matters: it is sent as a whole."""
+
+
 class _Sender(Encoder):
     """Values that go to an answer."""
 
     def __init__(self, sandbox: Sandbox, sent: Sent) -> None:
         super().__init__(self.rest)
-        self.sandbox, self.sent, self.depth = sandbox, sent, 0
+        self.sandbox, self.sent = sandbox, sent
+
+    def whole(self, value) -> list:
+        """A value, and where its parts refer to each other, or may be changed, all of it at once (pickled, which is safe in this direction)."""
+        sent, before = self.sent, (len(self.buffers), len(self.sent.tensors), len(self.sent.generators))
+        try:
+            if self.sandbox.in_place:
+                raise _Together
+            return self(value)
+        except _Together:
+            del self.buffers[before[0] :], sent.tensors[before[1] :], sent.generators[before[2] :]
+        file = io.BytesIO()
+        _Pickler(file, self).dump(value)
+        return ["together", self.buffer(file.getvalue())]
 
     def __call__(self, value, depth=0):
         if isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu":
+            if isinstance(value, nn.Parameter) or (value.is_leaf and value.grad is not None):
+                raise _Together
             self.sent.tensors.append(value)
             return ["leaf", bool(value.requires_grad), ["tensor", *self.tensor(value)]]
-        if type(value) in (list, dict) and depth == 1:
-            self.sent.boxes.append(value)
-            return ["box", super().__call__(value, depth)]
         return super().__call__(value, depth)
 
     def rest(self, value):
@@ -433,16 +482,16 @@ class _Sender(Encoder):
         if isinstance(value, torch.Generator):
             self.sent.generators.append(value)
             return ["generator", ["tensor", *self.tensor(value.get_state())]]
-        if isinstance(value, nn.Module):
-            return self.module(value)
+        if isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc":  # a memory-mapped array, for example
+            return self(numpy.asarray(value))
         name = by_name(value)
         if name:
             return ["name", *name]
+        if type(value) is not bool and isinstance(value, (nn.Module, types.SimpleNamespace, tuple, dict)) or travels(value):
+            raise _Together
         for kind in (int, float, str):
             if isinstance(value, kind):
                 return self(kind(value))
-        if isinstance(value, (tuple, dict)):
-            return self((tuple if isinstance(value, tuple) else dict)(value))
         return ["callback", self.callback(value)]
 
     def callback(self, value) -> int:
@@ -453,13 +502,28 @@ class _Sender(Encoder):
         self.sandbox.callbacks[handle] = value
         return handle
 
-    def module(self, value):
-        """A module of the check: pickled, which is safe in this direction."""
-        file = io.BytesIO()
-        _Pickler(file, self).dump(value)
-        for tensor in dict.fromkeys([*value.parameters(), *value.buffers()]):
-            self.sent.tensors.append(tensor)
-        return ["pickle", self.buffer(file.getvalue())]
+
+def travels(value: object) -> bool:
+    """Objects that go over as copies: of a class that the other process can import, or a dataclass."""
+    kind = type(value)
+    if kind.__module__ == "builtins" or callable(value) and not isinstance(value, nn.Module):
+        return False
+    return bool(by_name(kind)) or dataclasses.is_dataclass(kind)
+
+
+def _dataclass(module: object, name: object, fields: list) -> object:
+    """A dataclass of the course's package, with what an answer put into its fields."""
+    if type(module) is not str or type(name) is not str or not module.startswith("minimind."):
+        raise WireError("no dataclass")
+    kind = getattr(sys.modules.get(module), name, None)
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == module):
+        raise WireError("no dataclass")
+    if [each for each, _ in fields] != [field.name for field in dataclasses.fields(kind)]:
+        raise WireError("not its fields")
+    made = object.__new__(kind)
+    for each, value in fields:
+        object.__setattr__(made, each, value)
+    return made
 
 
 def by_name(value: object) -> list | None:
@@ -477,21 +541,62 @@ def by_name(value: object) -> list | None:
 
 
 class _Pickler(pickle.Pickler):
-    """Functions of the check stay here; a class of the check becomes the nearest class that the other process can import."""
+    """A value as a whole. Tensors go as raw bytes, functions of the check stay here, and a module of a class of the check becomes one of the
+    nearest class that the other process can import."""
 
-    def __init__(self, file, sender) -> None:
+    def __init__(self, file, sender: _Sender) -> None:
         super().__init__(file, protocol=4)
-        self.sender = sender
+        self.sender, self.numbers, self.kept = sender, {}, []
 
     def persistent_id(self, value):
-        if inspect.isfunction(value) or inspect.ismethod(value) or isinstance(value, Remote):
-            return None if by_name(value) else self.sender.callback(value)
-        return None
+        kind = type(value)
+        if value is None or value is ... or isinstance(value, PLAIN):
+            return None
+        if isinstance(value, torch.Tensor):
+            return self.tensor(value)
+        if isinstance(value, (Remote, Mirror, torch.Generator)):
+            if id(value) in self.numbers:
+                return ("known code", self.numbers[id(value)])
+            code = self.sender.rest(value)
+            return ("code", self.number(value), code)
+        if isinstance(value, (types.FunctionType, types.MethodType, types.BuiltinMethodType, type)):
+            return None if by_name(value) else ("callback", self.sender.callback(value))
+        if isinstance(value, (nn.Module, numpy.ndarray, numpy.generic)) or objects.stateful(value) or kind.__module__ == "builtins" and by_name(kind):
+            return None
+        if by_name(kind) or kind.__module__ in ("_random", "numpy.random._pickle"):
+            return None
+        if dataclasses.is_dataclass(value) and hasattr(value, "__dict__"):
+            if id(value) in self.numbers:
+                return ("known data", self.numbers[id(value)])
+            return ("data", self.number(value), kind.__name__, vars(value))
+        return ("callback", self.sender.callback(value))
+
+    def number(self, value) -> int:
+        self.kept.append(value)
+        self.numbers[id(value)] = len(self.kept) - 1
+        return len(self.kept) - 1
+
+    def tensor(self, value):
+        sent = self.sender.sent
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            return ("code", self.number(value), Encoder.__call__(self.sender, value))
+        if id(value) in self.numbers:
+            return ("known tensor", self.numbers[id(value)])
+        self.numbers[id(value)] = len(sent.tensors)
+        sent.tensors.append(value)
+        grad = value.grad if value.is_leaf else None
+        return ("tensor", ["tensor", *self.sender.tensor(value)], bool(value.requires_grad), isinstance(value, nn.Parameter),
+                None if grad is None else ["tensor", *self.sender.tensor(grad)])  # fmt: skip
 
     def reducer_override(self, value):
         if isinstance(value, nn.Module) and not by_name(type(value)):
             base = next(b for b in type(value).__mro__ if by_name(b))
             return base.__new__, (base,), value.__dict__
+        for plain in (int, float, str, tuple, list, dict):
+            if isinstance(value, plain) and not by_name(type(value)):
+                return plain, (plain(value),)
+        if isinstance(value, numpy.memmap):
+            return numpy.asarray(value).__reduce_ex__(4)
         return NotImplemented
 
 
@@ -652,6 +757,7 @@ class Mirror(nn.Module):
         """This module as an argument: the handle, and what the numbers of its whole tree are now."""
         _, _, handle, _ = self._remote
         rows, seen = [], set()
+        encoder.sent.closed.add(id(self))
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
             if id(tensor) in seen:
                 continue
@@ -664,6 +770,24 @@ class Mirror(nn.Module):
 
     def forward(self, *args, **kwargs):
         return self._remote[0].request("call", self.encode, *args, kwargs=kwargs)
+
+    def __getitem__(self, key):
+        if type(key) is int and list(self._modules) == [str(number) for number in range(len(self._modules))]:  # a Sequential or ModuleList
+            return list(self._modules.values())[key]
+        return self._remote[0].request("getitem", self.encode, key)
+
+    def __len__(self):
+        return _exact(self._remote[0].request("len", self.encode), int)
+
+    def __bool__(self):
+        return True
+
+    def __iter__(self):
+        return iter([self[number] for number in range(len(self))])
+
+    def __deepcopy__(self, memo):
+        """A copy is made over there, and mirrored."""
+        return self._remote[0].request("copy", self.encode)
 
     def __getattr__(self, name):
         try:
@@ -700,18 +824,20 @@ def _mirror(sandbox: Sandbox, decoder: Decoder, handle: int, told: dict) -> Mirr
         tensors[name] = tensor
         if not isinstance(tensor, torch.Tensor):
             raise WireError("no tensor")
+        if kind == "passing":  # a buffer that stands in no state_dict
+            modules[owner]._non_persistent_buffers_set.add(last)
         (modules[owner]._parameters if kind == "parameter" else modules[owner]._buffers)[last] = tensor
     return modules[""]
 
 
 def protection() -> dict:
     """Which protection this machine allows, measured by trying it."""
-    here, port = str(ROOT / "course" / "sandbox.py"), _listening()
+    here, port = str(ROOT / "course" / "grading" / "sandbox.py"), _listening()
     probe = f"""
 import os, socket
 def look():
     processes = len([p for p in os.listdir("/proc") if p.isdigit()])
-    seen = {{"files": os.path.exists({here!r}), "network": True, "user": os.getuid(), "processes": processes}}
+    seen = {{"files": os.path.exists({here!r}), "network": True, "processes": processes}}
     try:
         socket.create_connection(("127.0.0.1", {port}), 1).close()
     except OSError:
@@ -726,7 +852,7 @@ def look():
     finally:
         server.stop()
     return {"way": sandbox.protection, "course hidden": not seen["files"], "network off": not seen["network"], "processes seen": seen["processes"],
-            "another user": seen["user"] != os.getuid()}  # fmt: skip
+            "another user": "another user" in sandbox.protection}  # fmt: skip
 
 
 _listener: socket.socket | None = None

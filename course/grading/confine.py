@@ -3,16 +3,27 @@
 Two ways, the first that the system allows:
 - namespaces: own root folder (the Python installation and the package `minimind`, read-only, and a small /tmp), own process numbers, no network
   devices, and where the grader is root another user beside;
-- limits only: rlimits, and another user where the grader is root. Files that everybody may read, and the network, are then within reach.
+- limits only: rlimits, and another user where the grader is root. Files that everybody may read are then within reach.
+
+On both ways a filter of system calls (course/grading/syscalls.py) closes the network and what holds memory without showing it.
+
+Memory. RLIMIT_AS bounds one process, and an answer may have several. Their sum is held by the keeper (course/grading/worker.py), which looks every
+LOOK seconds and ends all of them above the limit, and by a control group where the system lets us make one. What can be taken between two looks is
+what CORES processors can fill in that time: they write about 5 GB a second each, so about 0.2 GB at the usual delay, and never more than `processes`
+times RLIMIT_AS. Not counted: files in /tmp and /dev/shm (`folder_bytes` each), and buffers of sockets and pipes (at most 0.5 GB at 16 processes of
+128 files). The kernel, if it runs out of memory all the same, ends these processes first (oom_score_adj).
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import random
+import signal
 import stat
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +36,7 @@ NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x4000000, 0x8000000, 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 SET_PDEATHSIG, SET_NO_NEW_PRIVS, SET_CHILD_SUBREAPER, CAPBSET_DROP, SET_DUMPABLE = 1, 38, 36, 24, 4
+LOOK, CORES = 0.02, 2  # seconds between two looks at the memory of an answer; processors that its processes share
 VISIBLE = ("minimind", "data")  # of the course, read-only
 
 
@@ -34,10 +46,10 @@ class Limits:
 
     cpu_seconds: int = 20
     wall_seconds: float = 60.0
-    memory_bytes: int = 2 * 2**30  # beyond what torch itself takes
+    memory_bytes: int = 2 * 2**30  # of all processes together, beyond what torch itself takes
     file_bytes: int = 16 * 2**20
     folder_bytes: int = 64 * 2**20
-    processes: int = 32
+    processes: int = 16  # and threads
     files: int = 128
 
     def plain(self) -> dict:
@@ -107,8 +119,11 @@ def new_root(root: Path, limits: Limits) -> None:
     descriptors = {}
     for path, real in [*shown, *((root / name, root / name) for name in VISIBLE if (root / name).exists())]:
         descriptors[path] = os.open(real, os.O_PATH)  # /tmp may hold some of them, and is about to be covered
-    devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in ("null", "zero", "random", "urandom") if Path("/dev", name).exists()}
+    devices = {name: os.open(f"/dev/{name}", os.O_PATH) for name in ("null", "random", "urandom") if Path("/dev", name).exists()}
     mount("tmpfs", str(top), "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    for name in ("tmp", "dev/shm"):  # first: the course itself may lie in /tmp
+        (top / name).mkdir(parents=True)
+        mount("tmpfs", str(top / name), "tmpfs", MS_NOSUID | MS_NODEV, f"size={limits.folder_bytes},nr_inodes=2000,mode=1777")
     for path, descriptor in descriptors.items():
         target = Path(f"{top}{path}")
         if stat.S_ISDIR(os.fstat(descriptor).st_mode):
@@ -120,17 +135,13 @@ def new_root(root: Path, limits: Limits) -> None:
         flags = os.statvfs(target).f_flag & (MS_NODEV | MS_NOEXEC | 0xC00)
         mount("none", str(target), None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | flags)
         os.close(descriptor)
-    (top / "dev/shm").mkdir(parents=True)
-    for name, descriptor in devices.items():
+    for name, descriptor in devices.items():  # not /dev/zero: mapped, it is memory that belongs to no process
         (top / "dev" / name).touch()
         mount(f"/proc/self/fd/{descriptor}", str(top / "dev" / name), None, MS_BIND)
         os.close(descriptor)
-    for name, size in (("tmp", limits.folder_bytes), ("dev/shm", limits.folder_bytes)):
-        (top / name).mkdir(exist_ok=True)
-        mount("tmpfs", str(top / name), "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},nr_inodes=2000,mode=1777")
     (top / "proc").mkdir(exist_ok=True)
     try:
-        mount("proc", str(top / "proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        mount("proc", str(top / "proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY)  # so oom_score_adj stays
     except OSError:  # inside a container that hides parts of /proc
         pass
     (top / "old").mkdir()
@@ -167,6 +178,80 @@ def drop_rights(number: int) -> bool:
     return changed
 
 
+def end_with_parent() -> None:
+    """End when the process that started this one ends, even if it is killed."""
+    if sys.platform.startswith("linux"):
+        prctl(SET_PDEATHSIG, signal.SIGKILL)
+
+
+def first_to_go() -> None:
+    """Let the kernel end this process and its children first when memory runs out, and give them few processors to fill it with."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    except OSError:
+        pass
+    try:
+        mine = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, random.SystemRandom().sample(mine, min(CORES, len(mine))))
+    except (AttributeError, OSError):  # macOS
+        pass
+
+
+class Group:
+    """A control group (version 2) of one answer, where one may be made: the kernel itself then holds the sum of memory, and counts all of it."""
+
+    def __init__(self, limits: Limits, more: int, root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> None:
+        self.path: Path | None = None
+        try:
+            inside = next(line.partition("::")[2].strip("/") for line in own.read_text().splitlines() if line.startswith("0::"))
+        except (OSError, StopIteration):
+            return
+        for parent in (root / inside, (root / inside).parent):  # beside our own group, where that one may have no children
+            try:
+                if not parent.is_relative_to(root) or "memory" not in (parent / "cgroup.subtree_control").read_text().split():
+                    continue
+                path = parent / f"minimind-answer-{os.getpid()}-{os.urandom(3).hex()}"
+                path.mkdir()
+            except OSError:
+                continue
+            self.path = path
+            try:
+                self.set("memory.max", limits.memory_bytes + more)
+                self.set("memory.oom.group", 1, needed=False)
+                self.set("memory.swap.max", 0, needed=False)
+                self.set("pids.max", limits.processes, needed=False)
+                return
+            except OSError:
+                self.remove()
+
+    def set(self, name: str, value: int, needed: bool = True) -> None:
+        try:
+            (self.path / name).write_text(str(value))
+        except OSError:
+            if needed:
+                raise
+
+    def add(self, pid: int) -> bool:
+        """Put a process in; False where that is not allowed."""
+        if not self.path:
+            return False
+        try:
+            (self.path / "cgroup.procs").write_text(str(pid))
+            return True
+        except OSError:
+            self.remove()
+            return False
+
+    def remove(self) -> None:
+        for _ in range(50 if self.path else 0):  # its processes need a moment to be gone
+            try:
+                self.path.rmdir()
+                break
+            except OSError:
+                time.sleep(0.02)
+        self.path = None
+
+
 def set_limits(limits: Limits) -> None:
     """The limits that every system has."""
     size = 0
@@ -198,14 +283,17 @@ def protection() -> str:
     """In words, which protection this machine has for running the answers of students; tried in a process of its own."""
     if not hasattr(os, "fork"):
         return "none: grading needs Linux or macOS (on Windows: WSL)"
-    command = [sys.executable, "-c", "from course.confine import enter_namespaces; print(enter_namespaces())"]
-    root = str(Path(__file__).resolve().parent.parent)
+    code = "from course.grading.confine import enter_namespaces; from course.grading.syscalls import install; print(enter_namespaces(), install())"
+    command = [sys.executable, "-c", code]
+    root = str(Path(__file__).resolve().parents[2])
     try:
         done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, timeout=30)
-        way = done.stdout.strip()
+        way, _, filtered = done.stdout.strip("\n").partition(" ")
     except (OSError, subprocess.SubprocessError):
-        way = ""
-    user = os.geteuid() == 0
+        way, filtered = "", ""
+    user = "another user, " if os.geteuid() == 0 else ""
+    calls = ", filter of system calls" if filtered == "True" else ""
     if way:
-        return "own root folder, processes and network" + (", another user" if way == "root" else "") + ", limits"
-    return ("another user, " if user else "") + "limits only: answers can read what everybody may read, and use the network"
+        return "own root folder, processes and network, " + (user if way == "root" else "") + f"limits{calls}"
+    network = "" if calls else ", and use the network"
+    return f"{user}limits{calls} only: answers can read what everybody may read{network}"

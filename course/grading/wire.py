@@ -1,22 +1,53 @@
 """Values between the grader and a process that it does not trust: JSON for the shape, raw bytes for the numbers, nothing that can run.
 
-What arrives is rebuilt from exact types only: None, bool, int, float, str, bytes, lists, tuples, sets, dicts, slices, tensors, arrays. Everything
-else stays where it is and travels as a handle (`Remote`). So a value that comes out of an answer cannot lie about equality: it is plain data.
+What arrives from an answer is rebuilt from exact types only; everything else stays where it is and travels as a handle (`Remote`). So a value that
+comes out of an answer cannot lie about equality: it is plain data.
+
+| what                                  | from a check to an answer                         | from an answer to a check                          |
+|---------------------------------------|---------------------------------------------------|----------------------------------------------------|
+| None, numbers, str, bytes, slice, ... | as they are                                       | as they are; subclasses become the plain type      |
+| list, tuple, dict, set                | as they are; tuple and dict classes of a check    | as they are; a named tuple becomes one with the    |
+|                                       | become plain                                      | same fields                                        |
+| long lists of int or of float         | as bytes, up to 4 million numbers                 | the same                                           |
+| tensors (strided, on the cpu)         | numbers, gradient wanted or not, memory order     | the same; gradients flow back through the call     |
+| numpy arrays and scalars, memmap      | numbers, at most 64 MB a message                  | the same; subclasses become plain arrays           |
+| SimpleNamespace                       | as it is                                          | as it is                                           |
+| dataclass of minimind                 | as it is                                          | rebuilt, without running its code                  |
+| dataclass of a check                  | a dataclass with the same fields, no methods      | -                                                  |
+| objects of torch, numpy, minimind,    | a copy: optimisers, schedulers, configurations,   | a handle; attributes, calls, items, iteration,     |
+| tokenizers, random, ...               | random.Random, Tokenizer, datasets                | `with`, len and `in` are asked over there          |
+| torch.Generator, random.Random        | a copy; ours goes on where theirs stopped         | Generator: a copy; Random: a handle                |
+| torch modules                         | a copy; its own class if torch or minimind has    | parameters and buffers live here, code over there; |
+|                                       | it, else the nearest such base class: build test  | can be called, trained, loaded, copied             |
+|                                       | models from nn.Sequential and the like            |                                                    |
+| functions and classes that torch,     | by name                                           | a handle that can be called                        |
+| numpy, minimind ... have              |                                                   |                                                    |
+| other functions, generators,          | stay here and are called back; also iteration,    | a handle; generators are read one value at a time  |
+| iterators, context managers, objects  | items, `with`, public attributes; numbers go and  |                                                    |
+|                                       | come without gradients                            |                                                    |
+
+Arguments that refer to each other (a model, its parameters, its optimiser) still do so over there. What an answer changes in its arguments (numbers,
+gradients, requires_grad, lists, dicts, attributes, modules put in the place of others, states of optimisers) comes back only where the check is
+registered with `in_place=True`; elsewhere it is noted and dropped.
 """
 
 from __future__ import annotations
 
+import array
 import json
 import math
 import socket
 import struct
 import time
+import types
 from collections.abc import Callable
 
 LARGEST = 64 * 2**20  # bytes of one message
 DEEPEST = 60  # lists in lists
 NODES = 500_000  # values in one message
 HEAD = struct.Struct(">QQ")
+PACKED, MOST_PACKED = 64, 4_000_000  # a list of at least so many whole numbers, or floats, goes as bytes; and of at most so many
+PACKABLE = {int: "q", float: "d"}
 
 
 class WireError(RuntimeError):
@@ -123,6 +154,11 @@ class Encoder:
             return value if math.isfinite(value) else ["float", repr(value)]
         if kind is complex:
             return ["complex", again(value.real), again(value.imag)]
+        if kind is list and len(value) >= PACKED and len(kinds := set(map(type, value))) == 1 and (letter := PACKABLE.get(kinds.pop())):
+            try:
+                return ["packed", letter, self.buffer(array.array(letter, value).tobytes())]
+            except OverflowError:  # a number of more than 64 bits
+                pass
         if kind is list or kind is tuple or kind is set or kind is frozenset:
             return [kind.__name__, [again(v) for v in value]]
         if kind is torch.Size:
@@ -131,6 +167,8 @@ class Encoder:
             return ["dict", [[again(k), again(v)] for k, v in value.items()]]
         if kind is bytes or kind is bytearray:
             return [kind.__name__, self.buffer(bytes(value))]
+        if kind is types.SimpleNamespace:
+            return ["space", [[name, again(each)] for name, each in vars(value).items()]]
         if kind is slice:
             return ["slice", [again(v) for v in (value.start, value.stop, value.step)]]
         if kind is range:
@@ -158,7 +196,8 @@ class Encoder:
         value = value.detach().resolve_conj().resolve_neg()
         order = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))  # keeps a transposed tensor transposed
         dense = value.permute(order).contiguous()
-        data = dense.flatten().view(torch.uint8).numpy().tobytes() if dense.numel() else b""
+        flat = dense.flatten().as_strided((dense.numel(),), (1,))  # one number may come with any stride
+        data = flat.view(torch.uint8).numpy().tobytes() if dense.numel() else b""
         return [str(value.dtype).removeprefix("torch."), list(value.shape), order, self.buffer(data)]
 
 
@@ -181,7 +220,7 @@ class Decoder:
         except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
             if isinstance(error, WireError):
                 raise
-            raise WireError(f"a value that cannot be rebuilt ({error.__class__.__name__})") from None
+            raise WireError(f"a value that cannot be rebuilt ({error.__class__.__name__}: {str(error)[:200]})") from None
 
     def compound(self, code: list, again: Callable) -> object:
         import torch
@@ -195,6 +234,18 @@ class Decoder:
             return complex(float(code[1]), float(code[2]))
         if kind in ("list", "tuple", "set", "frozenset"):
             return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](again(v) for v in _list(code[1]))
+        if kind == "packed" and code[1] in PACKABLE.values():
+            data = self.buffers[_size(code[2])]
+            if len(data) > 8 * MOST_PACKED:
+                raise WireError(f"a list of more than {MOST_PACKED:,} numbers")
+            packed = array.array(code[1])
+            packed.frombytes(bytes(data))
+            return packed.tolist()
+        if kind == "space":
+            found = {name: again(each) for name, each in _list(code[1])}
+            if not all(type(name) is str and name.isidentifier() and not name.startswith("__") for name in found):
+                raise WireError("no names")
+            return types.SimpleNamespace(**found)
         if kind == "size":
             return torch.Size([_size(v) for v in code[1]])
         if kind == "dict":

@@ -38,7 +38,11 @@ def write_student(path: Path, result: dict) -> None:
         lines.append('<table><tr><th>Exercise<th class="n">Points<th>Why</tr>')
         for name, told in result["exercises"].items():
             full = told["points"] == told["of"]
-            odd = "".join(f'<p class="odd">Note: {h(note)}.</p>' for note in told["odd"])
+            notes = list(told["odd"])
+            if told["given"] and not told["reason"].startswith("not written yet"):
+                are = "is" if len(told["given"]) == 1 else "are"
+                notes.append(f"judged with the course's own {' and '.join(told['given'])}, because yours {are} not right")
+            odd = "".join(f'<p class="odd">Note: {h(note)}.</p>' for note in notes)
             why = '<span class="full">right</span>' if full else f"<pre>{h(told['reason'])}</pre>"
             lines.append(f'<tr><td>{h(name)}<td class="n">{told["points"]:g} of {told["of"]:g}<td>{why}{odd}</tr>')
         lines.append("</table>")
@@ -57,7 +61,7 @@ def read_results(out: Path, slugs: list[str]):
 
 def write_tables(out: Path, slugs: list[str]) -> None:
     """grades.csv, grades.json, grades.xml and overview.html of these submissions."""
-    from course.grade import csv_bytes
+    from course.grading.grade import csv_bytes
 
     exercises: dict[str, dict[str, float]] = {}
     for _, result in read_results(out, slugs):

@@ -72,14 +72,14 @@ def points(rows: list[dict]) -> dict[str, dict]:
             "points": sum(row.get("points", 0) for row in passed if row["role"] in ("check", "hidden")) if right else 0,
             "of": sum(worth.values()), "seconds": round(sum(row["seconds"] for row in own), 3),
             "reason": "" if right and not failed else reason(failed[0]) if failed else "its cells were not run",
-            "given": re.findall(r"with the course's own (\w+)", "".join(row["printed"] for row in own)),
+            "given": list(dict.fromkeys(re.findall(r"with the course's own (\w+)", "".join(row["printed"] for row in own)))),
         }  # fmt: skip
     return found
 
 
 def reason(row: dict) -> str:
     """Why a cell failed, as the student should read it."""
-    text = re.sub(r"^(CheckFailed|NotWritten|AnswerFailed|AssertionError): ", "", row["reason"])
+    text = re.sub(r"^(CheckFailed|NotWritten|AnswerFailed|AssertionError): ", "", row["reason"]).removeprefix(f"{row['exercise']}: ")
     if row["role"] == "hidden":
         return f"a hidden test fails{': ' + row['what'] if row.get('what') else ''} ({text.strip() or 'assertion'})"
     return text.strip() or "the cell did not run"

@@ -1,10 +1,10 @@
 """The side of the answers: a server that has loaded torch once and forks a confined process for each exercise.
 
-    python -m course.sandbox_worker SOCKET
+    python -m course.grading.worker SOCKET
 
-The server itself never runs an answer. For each connection it forks a keeper, which forks the process that is shut in (course/confine.py) and
+The server itself never runs an answer. For each connection it forks a keeper, which forks the process that is shut in (course/grading/confine.py) and
 watches its memory; the keeper says on the connection how that process ended. The answer's process talks to the grader over a socket of its own
-and can send nothing but values (course/wire.py): whether a value is right is decided elsewhere.
+and can send nothing but values (course/grading/wire.py): whether a value is right is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import array
 import ast
 import builtins
 import contextlib
+import copy
+import dataclasses
 import importlib
 import inspect
 import io
@@ -20,18 +22,23 @@ import json
 import linecache
 import os
 import pickle
+import random
 import select
+import shutil
 import signal
 import socket
 import sys
+import tempfile
+import time
 import traceback
 import types
 from pathlib import Path
 
-from course import confine
-from course.wire import Channel, Closed, Decoder, Encoder, WireError
+from course.grading import confine, objects, syscalls
+from course.grading.meter import Meter
+from course.grading.wire import Channel, Closed, Decoder, Encoder, WireError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = 4000  # characters of a message or a traceback that are kept
 IMPORTABLE = ("torch", "numpy", "minimind", "math", "builtins", "collections", "tokenizers")
 
@@ -106,6 +113,33 @@ class Callback:
             raise AttributeError(name)
         return self._worker.callback_attribute(self, name)
 
+    def _protocol(self, how, *args):
+        return self._worker.callback(self._handle, self._path, args, {}, how)
+
+    def __iter__(self):
+        return self._protocol("iter")
+
+    def __next__(self):
+        return self._protocol("next")
+
+    def __len__(self):
+        return self._protocol("len")
+
+    def __bool__(self):
+        return True
+
+    def __getitem__(self, key):
+        return self._protocol("getitem", key)
+
+    def __contains__(self, value):
+        return self._protocol("contains", value)
+
+    def __enter__(self):
+        return self._protocol("enter")
+
+    def __exit__(self, *_):
+        return self._protocol("exit")
+
 
 class AnswerError(Exception):
     """An exception of the grader's side, raised again in the answer that called back."""
@@ -116,11 +150,15 @@ class LiveEncoder(Encoder):
 
     def __init__(self, worker) -> None:
         super().__init__(lambda value: worker.other(self, value))
-        self.live = []
+        self.live, self.known = [], {}
 
     def __call__(self, value, depth=0):
         import torch
 
+        if id(value) in self.known:
+            return list(self.known[id(value)])
+        if isinstance(value, torch.nn.Parameter):
+            return ["parameter", ["tensor", *self.tensor(value)], bool(value.requires_grad)]
         if isinstance(value, torch.Tensor):
             value = value.as_subclass(torch.Tensor) if type(value) is not torch.Tensor else value
             if value.requires_grad:
@@ -132,7 +170,8 @@ class LiveEncoder(Encoder):
 class Worker:
     """Runs cells, then serves calls on what they defined."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, in_place: bool = False) -> None:
+        self.in_place = in_place
         self.channel, self.objects, self.graphs, self.number = channel, {}, {}, 0
         self.space = types.ModuleType("__main__")
         sys.modules["__main__"] = self.space
@@ -151,6 +190,7 @@ class Worker:
 
     def other(self, encoder, value):
         """Subclasses of plain types become plain; everything else stays here and a handle goes out."""
+        import numpy
         import torch
 
         if isinstance(value, Callback):
@@ -167,6 +207,11 @@ class Worker:
             return ["dict", [[encoder(k), encoder(v)] for k, v in dict(value).items()]]
         if isinstance(value, torch.Generator):
             return ["generator", encoder(value.get_state())]
+        if isinstance(value, numpy.ndarray) and value.dtype.kind in "biufc":
+            return encoder(numpy.asarray(value).view(numpy.ndarray))
+        kind = type(value)
+        if dataclasses.is_dataclass(kind) and kind.__module__.startswith("minimind.") and hasattr(sys.modules.get(kind.__module__), kind.__name__):
+            return ["data", kind.__module__, kind.__name__, [[f.name, encoder(getattr(value, f.name))] for f in dataclasses.fields(value)]]
         return ["remote", self.keep(value), self.describe(encoder, value)]
 
     def describe(self, encoder, value) -> dict:
@@ -197,26 +242,44 @@ class Worker:
     def state(self, encoder, module) -> list:
         """Every parameter and buffer by name; an alias (tied weights) names the first of its kind."""
         seen, rows = {}, []
+        passing = {f"{name}.{last}".lstrip(".") for name, each in module.named_modules() for last in each._non_persistent_buffers_set}
         for kind, pairs in (("parameter", module.named_parameters(remove_duplicate=False)), ("buffer", module.named_buffers(remove_duplicate=False))):
             for name, tensor in pairs:
+                kind = "passing" if name in passing else kind
                 if id(tensor) in seen:
                     rows.append([kind, name, seen[id(tensor)], None, False])
                 else:
                     seen[id(tensor)] = name
                     rows.append([kind, name, None, ["tensor", *encoder.tensor(tensor)], bool(tensor.requires_grad)])
+                kind = "buffer" if kind == "passing" else kind
         return rows
 
     def reply(self, message: dict, value: object, arguments=None) -> None:
         encoder = self.encoder()
+        if arguments is not None and self.in_place:
+            encoder.known = arguments.known()
         message["ok"] = encoder(value)
+        if arguments is not None:
+            message["changed"] = arguments.changes(encoder, self.in_place)
         if encoder.live:
             self.number += 1
             self.graphs[self.number] = (list(encoder.live), arguments)
             message["graph"] = self.number
             message["live"] = [["tensor", *encoder.tensor(t)] for t in encoder.live]
-        if arguments is not None:
-            message["changed"] = arguments.changes(encoder)
         self.channel.send(message, encoder.buffers)
+
+    def failed(self, error: BaseException, arguments) -> None:
+        """Tell an error, and what had been changed by then."""
+        message = {"error": self.error(error)}
+        encoder = self.encoder()
+        try:
+            encoder.known = arguments.known() if self.in_place else {}
+            message["changed"] = arguments.changes(encoder, self.in_place)
+            if encoder.live:
+                del message["changed"]
+        except Exception:
+            encoder.buffers.clear()
+        self.channel.send(message, encoder.buffers if "changed" in message else [])
 
     # values in
 
@@ -230,15 +293,12 @@ class Worker:
         kind = code[0]
         if kind == "leaf":  # a tensor argument: remembered, so that gradients and changes in place find the way back
             tensor = decoder(code[2])
-            if code[1]:
+            if code[1] and not tensor.is_inference():
                 tensor.requires_grad_()
-            arguments.tensors.append((tensor, tensor._version))
+            arguments.add(tensor)
             return tensor
-        if kind == "box":  # a list or dict argument
-            box = decoder(code[1])
-            arguments.boxes.append((box, _snapshot(box)))
-            return box
         if kind == "mine":
+            arguments.closed.append(self.objects[code[1]])
             return self.objects[code[1]]
         if kind == "callback":
             return Callback(self, code[1])
@@ -252,21 +312,17 @@ class Worker:
             generator.set_state(decoder(code[1]))
             arguments.generators.append(generator)
             return generator
-        if kind == "pickle":
-            module = _Unpickler(io.BytesIO(bytes(decoder.buffers[code[1]])), self).load()
-            arguments.modules.append(module)
-            for tensor in dict.fromkeys([*module.parameters(), *module.buffers()]):
-                arguments.tensors.append((tensor, tensor._version))
-            return module
+        if kind == "together":
+            return _Unpickler(io.BytesIO(bytes(decoder.buffers[code[1]])), self, decoder, arguments).load()
         if kind == "module":  # one of ours, with the numbers that the grader's side has now
             module = self.objects[code[1]]
             arguments.mirror(module, decoder, code[2], code[3])
             return module
         raise WireError(f"unknown value {kind}")
 
-    def callback(self, handle, path, args, kwargs):
+    def callback(self, handle, path, args, kwargs, how="call"):
         encoder = self.encoder()
-        message = {"op": "callback", "target": handle, "path": list(path), "args": encoder(list(args)), "kwargs": encoder(kwargs)}
+        message = {"op": "callback", "how": how, "target": handle, "path": list(path), "args": encoder(list(args)), "kwargs": encoder(kwargs)}
         if encoder.live:
             message["live"] = [["tensor", *encoder.tensor(t)] for t in encoder.live]
         self.channel.send(message, encoder.buffers)
@@ -351,7 +407,8 @@ class Worker:
             before = torch.get_rng_state()
             decode(message["owner"])  # the module whose method is called, with its numbers
             target = decode(message["target"])
-            args, kwargs = decode(message["args"]), decode(message["kwargs"])
+            args, kwargs = decode(message["given"])
+            arguments.look([args, kwargs])
             autocast, kept = decode(environment["autocast"]), {}
             with contextlib.ExitStack() as around:
                 around.enter_context(torch.autocast("cpu", dtype=autocast, enabled=autocast is not None))
@@ -362,7 +419,7 @@ class Worker:
         except Closed:
             raise
         except BaseException as error:
-            self.channel.send({"error": self.error(error)}, [])
+            self.failed(error, arguments)
 
     def operate(self, operation, target, args, kwargs):
         if operation == "call":
@@ -376,6 +433,8 @@ class Worker:
         if operation == "setitem":
             target[args[0]] = args[1]
             return None
+        if operation == "copy":
+            return copy.deepcopy(target)
         if operation == "isinstance":
             return isinstance(target, args[0])
         return {"len": len, "iter": iter, "next": self.next, "bool": bool, "contains": lambda t, v: v in t,
@@ -392,7 +451,7 @@ class Worker:
         import torch
 
         live, arguments = self.graphs[message["graph"]]
-        leaves = [t for t in arguments.all_tensors() if t.requires_grad and t.is_leaf]
+        leaves = [t for t, *_, trained in arguments.tensors if trained]
         for leaf in leaves:
             leaf.grad = None
         grads = decode(message["grads"])
@@ -407,14 +466,29 @@ class Arguments:
     """What came in with one call, and what happened to it."""
 
     def __init__(self) -> None:
-        self.tensors, self.boxes, self.generators, self.modules, self.mirrored = [], [], [], [], []
+        self.tensors, self.generators, self.closed, self.objects = [], [], [], []
 
     def all_tensors(self):
-        return [t for t, _ in self.tensors]
+        return [t for t, *_ in self.tensors]
+
+    def add(self, tensor) -> None:
+        """Remember a tensor: its numbers, its gradient and whether it learns may change."""
+        grad = tensor.grad if tensor.is_leaf else None
+        self.tensors.append((tensor, version(tensor), grad, version(grad), tensor.requires_grad))
+
+    def look(self, given) -> None:
+        """Remember the other objects that may change."""
+        self.objects = [(each, objects.snapshot(each)) for each in objects.listed(given, closed={id(each) for each in self.closed})]
+
+    def known(self) -> dict:
+        """How to say that a value is one of the arguments."""
+        found = {id(each): ("argument", number) for number, (each, _) in enumerate(self.objects)}
+        return found | {id(tensor): ("tensor argument", number) for number, tensor in enumerate(self.all_tensors())}
 
     def mirror(self, module, decoder, rows, training) -> None:
         import torch
 
+        self.closed.append(module)
         named = dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
         for name, code, requires_grad in rows:
             tensor, new = named[name], decoder(code)
@@ -425,23 +499,40 @@ class Arguments:
                     tensor.data = new
             if tensor.is_leaf and tensor.is_floating_point():
                 tensor.requires_grad_(requires_grad)
-            self.tensors.append((tensor, tensor._version))
+            self.add(tensor)
         for name, value in training:
             module.get_submodule(name).training = value
 
-    def changes(self, encoder) -> dict:
-        told = {"tensors": [], "boxes": [], "generators": [], "grads": []}
-        for index, (tensor, version) in enumerate(self.tensors):
-            if tensor._version != version:
+    def changes(self, encoder, in_place: bool) -> dict:
+        """What is to be told: without `in_place` what changed, but for buffers not how."""
+        told = {"tensors": [], "grads": [], "trained": [], "objects": [], "generators": []}
+        for index, (tensor, before, grad, grad_before, trained) in enumerate(self.tensors):
+            if version(tensor) != before:
                 told["tensors"].append([index, ["tensor", *encoder.tensor(tensor)]])
-            if self.modules and tensor.grad is not None:
-                told["grads"].append([index, ["tensor", *encoder.tensor(tensor.grad)]])
-        for index, (box, before) in enumerate(self.boxes):
-            now = _snapshot(box)
-            if len(now) != len(before) or any(a is not b for a, b in zip(now, before)):
-                told["boxes"].append([index, encoder(box)])
+            now = tensor.grad if in_place and tensor.is_leaf else None
+            if in_place and (now is not grad or version(now) != grad_before):
+                told["grads"].append([index, None if now is None else ["tensor", *encoder.tensor(now)]])
+            if in_place and tensor.is_leaf and tensor.requires_grad != trained:
+                told["trained"].append([index, tensor.requires_grad])
+        for index, (each, before) in enumerate(self.objects):
+            if not objects.same(before, objects.snapshot(each)):
+                told["objects"].append([index, self.inside(encoder, each) if in_place or isinstance(each, random.Random) else None])
         told["generators"] = [encoder(g.get_state()) for g in self.generators]
         return told
+
+    @staticmethod
+    def inside(encoder, each):
+        known = encoder.known.pop(id(each), None)  # its content, not its name
+        try:
+            return objects.told(each, encoder)
+        finally:
+            if known:
+                encoder.known[id(each)] = known
+
+
+def version(tensor) -> int:
+    """How often a tensor was written to; tensors made under inference_mode do not count."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def remember(kept: dict, tensor):
@@ -451,19 +542,40 @@ def remember(kept: dict, tensor):
     return tensor
 
 
-def _snapshot(box) -> list:
-    return [part for pair in box.items() for part in pair] if isinstance(box, dict) else list(box)
-
-
 class _Unpickler(pickle.Unpickler):
-    """Reads what the grader pickled; functions that must stay over there become callbacks."""
+    """Reads what the grader sent as a whole."""
 
-    def __init__(self, file, worker) -> None:
+    def __init__(self, file, worker, decoder, arguments) -> None:
         super().__init__(file)
-        self.worker = worker
+        self.worker, self.decoder, self.arguments, self.known = worker, decoder, arguments, {}
 
-    def persistent_load(self, key):
-        return Callback(self.worker, key)
+    def persistent_load(self, told):
+        import torch
+
+        kind = told[0]
+        if kind == "code":
+            self.known[told[1]] = made = self.decoder(told[2])
+            return made
+        if kind == "callback":
+            return Callback(self.worker, told[1])
+        if kind == "known tensor":
+            return self.arguments.tensors[told[1]][0]
+        if kind in ("known code", "known data"):
+            return self.known[told[1]]
+        if kind == "data":
+            made = object.__new__(dataclasses.make_dataclass(told[2], list(told[3])))
+            made.__dict__.update(told[3])
+            self.known[told[1]] = made
+            return made
+        _, code, trained, parameter, grad = told
+        tensor = self.decoder(code)
+        if parameter:
+            tensor = torch.nn.Parameter(tensor, requires_grad=trained)
+        elif trained:
+            tensor.requires_grad_()
+        tensor.grad = None if grad is None else self.decoder(grad)
+        self.arguments.add(tensor)
+        return tensor
 
 
 def answer(data: socket.socket, job: dict) -> None:
@@ -473,7 +585,7 @@ def answer(data: socket.socket, job: dict) -> None:
     sys.meta_path.insert(0, QuietFinder)
     sys.argv = ["answer"]
     channel = Channel(data)
-    worker = Worker(channel)
+    worker = Worker(channel, job.get("in_place", False))
     for name, module in job.get("give", {}).items():
         worker.space.__dict__[name] = getattr(importlib.import_module(module), name)
     hide(job.get("hide", {}))
@@ -535,30 +647,45 @@ def keeper(control: socket.socket) -> None:
     job, data = receive_job(control)
     limits = confine.Limits(**job["limits"])
     confine.prctl(confine.SET_CHILD_SUBREAPER, 1) if sys.platform.startswith("linux") else None
+    meter = Meter(os.getpid())
+    loaded = meter.bytes_of(os.getpid())  # torch and what else the server has; its children begin with as much
+    group = confine.Group(limits, loaded)
     way = confine.enter_namespaces() if job.get("namespaces", True) else ""
+    folder = "" if way else tempfile.mkdtemp(prefix="answer-")
+    wait, go = os.pipe()
     ready, tell = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.setsid()
-            control.close()
-            os.close(ready)
-            shut_in(way, limits, data, tell)
+            for each in (control.fileno(), ready, go):
+                os.close(each)
+            grouped = os.read(wait, 1) == b"1"
+            os.close(wait)
+            shut_in(way, limits, data, tell, grouped, folder)
             answer(data, job)
         finally:
             os._exit(0)
     data.close()
-    os.close(tell)
+    for each in (tell, wait):
+        os.close(each)
+    os.write(go, b"1" if group.add(child) else b"0")
+    os.close(go)
+    with contextlib.suppress(OSError):  # it must get its turn beside the processes that it watches
+        os.setpriority(os.PRIO_PROCESS, 0, -10)
     protection = os.read(ready, 200).decode() or "not started"
     control.sendall((json.dumps({"protection": protection}) + "\n").encode())
-    reason, peak = watch(child, control, limits)
+    reason, peak = watch(child, control, limits, meter, loaded)
+    group.remove()
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         control.sendall((json.dumps({"ended": reason, "peak": peak}) + "\n").encode())
     except OSError:
         pass
 
 
-def shut_in(way: str, limits: confine.Limits, data: socket.socket, tell: int) -> None:
+def shut_in(way: str, limits: confine.Limits, data: socket.socket, tell: int, grouped: bool, folder: str) -> None:
     if sys.platform.startswith("linux"):
         confine.prctl(confine.SET_PDEATHSIG, signal.SIGKILL)
     null = os.open(os.devnull, os.O_RDWR)
@@ -571,15 +698,13 @@ def shut_in(way: str, limits: confine.Limits, data: socket.socket, tell: int) ->
                 os.close(number)
             except OSError:
                 pass
-    parts = []
+    parts = ["control group"] if grouped else []
+    confine.first_to_go()
     if way:
         confine.new_root(ROOT, limits)
         parts.append("namespaces")
         os.chdir("/tmp")
     else:
-        import tempfile
-
-        folder = tempfile.mkdtemp(prefix="answer-")
         os.chmod(folder, 0o777)
         os.chdir(folder)
     os.environ.clear()
@@ -589,75 +714,49 @@ def shut_in(way: str, limits: confine.Limits, data: socket.socket, tell: int) ->
         parts.append("another user")
     confine.set_limits(limits)
     parts.append("limits")
+    if syscalls.install():
+        parts.append("filter")
     os.write(tell, " + ".join(parts).encode())
     os.close(tell)
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
 
 
-def watch(child: int, control: socket.socket, limits: confine.Limits) -> tuple[str, int]:
-    """Wait for the end; end it when its processes take too much memory, or when the grader hangs up."""
-    peak, status = 0, None
+def watch(child: int, control: socket.socket, limits: confine.Limits, meter: Meter, loaded: int) -> tuple[str, int]:
+    """Wait for the end; end it when its processes together take too much memory, or when the grader hangs up. How it ended, and the most it took."""
+    peak, allowed = 0, limits.memory_bytes + loaded
     while True:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, spent = os.wait4(child, os.WNOHANG)
         if done:
             break
-        readable, _, _ = select.select([control], [], [], 0.1)
-        tree = descendants(os.getpid())
-        now = sum(resident(pid) for pid in tree)
+        readable, _, _ = select.select([control], [], [], confine.LOOK)
+        now = meter.used(allowed)
         peak = max(peak, now)
-        if readable:
-            end(child)
-            return "stopped by the grader", peak
-        if now > limits.memory_bytes:
-            end(child)
-            return f"memory: more than {limits.memory_bytes / 2**30:.1f} GB", peak
-    end(child)
+        if readable or now > allowed:
+            end(child, meter)
+            return "stopped by the grader" if readable else f"memory: more than {limits.memory_bytes / 2**30:.1f} GB", peak
+    end(child, meter)
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
-        if number in (signal.SIGXCPU, signal.SIGKILL):
+        if number == signal.SIGXCPU or (number == signal.SIGKILL and spent.ru_utime + spent.ru_stime > limits.cpu_seconds - 1):
             return f"processor time: more than {limits.cpu_seconds} seconds", peak
+        if number == signal.SIGKILL:  # nobody else may: the kernel found no memory
+            return f"memory: more than {limits.memory_bytes / 2**30:.1f} GB", peak
         return f"killed by signal {signal.Signals(number).name}", peak
     return "ended itself", peak
 
 
-def end(child: int) -> None:
-    """Kill the process and everything below it."""
-    for pid in (child, *descendants(os.getpid())):
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except OSError:
-            pass
-    while True:
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return
-
-
-def descendants(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
-        if entry.isdigit():
-            try:
-                parent = int(Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, ValueError, IndexError):
-                continue
-            children.setdefault(parent, []).append(int(entry))
-    found, todo = [], [pid]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory that a process has for itself."""
-    try:
-        _, rss, shared = Path(f"/proc/{pid}/statm").read_text().split()[:3]
-        return (int(rss) - int(shared)) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
-        return 0
+def end(child: int, meter: Meter) -> None:
+    """Kill the process and everything below us, until nothing is left. The first process of a namespace takes the others with it."""
+    for _ in range(1000):
+        for pid in (child, *meter.below()):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            time.sleep(0.002)
+            continue
+        return
 
 
 def main(path: str) -> None:

@@ -1,12 +1,13 @@
 """The notebook that is graded: a fresh master with the answers in it, and what its kernel needs to run it.
 
-The cells keep their order. An answer stands in a cell that starts with `%%answer NAME`: it runs in a confined process (course/sandbox.py) and the
+The cells keep their order. An answer stands in a cell that starts with `%%answer NAME`: it runs in a confined process (sandbox.py) and the
 kernel gets stand-ins for what it defines. Checks and hidden tests run in the kernel, where no answer ever runs. `%%shared` cells run in both.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import random
 import re
@@ -14,7 +15,7 @@ import secrets
 import textwrap
 from pathlib import Path
 
-from course.submission import Master, Submission, defined, needed_helpers, used
+from course.grading.submission import Master, Submission, defined, needed_helpers, used
 
 NBVAL = re.compile(r"(?m)^(\s*#+\s*)(NBVAL_|PYTEST_VALIDATE_)")  # a comment that would tell nbval to skip a cell
 
@@ -27,7 +28,8 @@ def build(master: Master, submission: Submission, hidden: dict[str, list[dict]],
     cells, plan = [], []
     roles = {e.answer: ("answer", e) for e in master.exercises.values()} | {e.check: ("check", e) for e in master.exercises.values()}
     shared = {n for i, c in enumerate(master.cells) if c["kind"] == "code" and i not in roles for n in defined(c["source"])}
-    facts = {e.name: {"names": [n for n in e.names if n not in shared], "in_place": bool(e.facts.get("in_place")),
+    changing = {name for name, check in checks_of(master.name).items() if check.in_place}
+    facts = {e.name: {"names": [n for n in e.names if n not in shared], "in_place": e.name in changing,
                       "check": master.cells[e.check]["source"]} for e in master.exercises.values()}  # fmt: skip
     known = shared | {n for source in submission.answers.values() for n in defined(source)}
 
@@ -37,8 +39,8 @@ def build(master: Master, submission: Submission, hidden: dict[str, list[dict]],
         plan.append({"id": identity, **told})
         cells.append({"cell_type": "code", "id": identity, "metadata": {"grade": told}, "source": source, "outputs": [], "execution_count": None})
 
-    begin = json.dumps({"module": module, "exercises": facts, "limits": limits, "namespaces": namespaces})
-    add(f"from course.graded import begin\n\nbegin({begin!r})", "begin")
+    begin = json.dumps({"workbook": master.name, "module": module, "exercises": facts, "limits": limits, "namespaces": namespaces})
+    add(f"from course.grading.graded import begin\n\nbegin({begin!r})", "begin")
     canaries = set(random.SystemRandom().sample(sorted(master.exercises), min(2, len(master.exercises))))
     add(_plain_canary(), "canary")
     for index, cell in enumerate(master.cells):
@@ -64,6 +66,21 @@ def build(master: Master, submission: Submission, hidden: dict[str, list[dict]],
     add(_plain_canary(), "canary")
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
     return {"notebook": {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, "plan": plan}
+
+
+def checks_module(workbook: str):
+    """The module of the checks of a workbook, or None: a master of an instructor's own may bring its checks along."""
+    try:
+        return importlib.import_module("course.checks." + workbook.partition("_")[2])
+    except ImportError:
+        return None
+
+
+def checks_of(workbook: str) -> dict:
+    """The registered checks of a workbook, by exercise."""
+    from course.checks import core
+
+    return core.REGISTERED.get(getattr(checks_module(workbook), "__name__", ""), {})
 
 
 def _plain_canary() -> str:
@@ -114,10 +131,11 @@ def read_hidden(folder: Path | None, master: Master) -> dict[str, list[dict]]:
 class Answers:
     """What the magics of a graded notebook share: the sandboxes, the answers so far, and which exercises are right."""
 
-    def __init__(self, shell, module: str, exercises: dict, limits: dict, namespaces: bool) -> None:
-        from course.confine import Limits
-        from course.sandbox import Server
+    def __init__(self, shell, workbook: str, module: str, exercises: dict, limits: dict, namespaces: bool) -> None:
+        from course.grading.confine import Limits
+        from course.grading.sandbox import Server
 
+        self.workbook = workbook
         self.shell, self.module, self.exercises, self.namespaces = shell, module, exercises, namespaces
         self.limits, self.server = Limits(**limits), Server.find()
         self.shared: list[str] = []
@@ -134,7 +152,7 @@ class Answers:
 
     def answer(self, line: str, source: str) -> None:
         """%%answer NAME: run an answer apart, and put stand-ins for what it defines into this notebook."""
-        from course.sandbox import AnswerFailed, NotDefined, Sandbox
+        from course.grading.sandbox import AnswerFailed, NotDefined, Sandbox
 
         name = line.strip()
         names, space = self.exercises[name]["names"], self.shell.user_ns
@@ -142,9 +160,9 @@ class Answers:
             space[each] = NotDefined(each)
         self.sources[name] = source
         self.failed.add(name)  # until its check passes
-        before, give = self.needed(name, source)
+        before, give, own = self.needed(name, source)
         cells = [{"name": "workbook", "source": text, "answer": False, "names": []} for text in self.shared]
-        cells += [{"name": other, "source": self.sources[other], "answer": False, "names": [], "spare": list(give)} for other in before]
+        cells += [{"name": other, "source": text, "answer": False, "names": [], "spare": list(give)} for other, text in before.items()]
         cells.append({"name": name, "source": source, "answer": True, "names": names})
         hide = {self.module: names} if self.module else {}
         box = Sandbox(self.server, cells, self.limits, hide=hide, namespaces=self.namespaces, in_place=self.exercises[name]["in_place"], give=give)
@@ -155,30 +173,45 @@ class Answers:
         if type(found) is not dict:
             raise AnswerFailed("the answer sent no definitions")
         space.update({each: found[each] for each in names if each in found})
-        for other in give:
+        for other in [*give, *own]:
             print(f"with the course's own {other}")
 
-    def needed(self, name: str, source: str) -> tuple[list[str], dict[str, str]]:
-        """The answers that this one builds on; of those that are not right, the names that the course's own package gives instead."""
-        wanted, todo, give = set(), [source], {}
-        own = set(defined(source)).union(*(defined(text) for text in self.shared))  # an answer that redefines torch spoils only itself
+    def needed(self, name: str, source: str) -> tuple[dict[str, str], dict[str, str], list[str]]:
+        """The answers that this one builds on, by exercise; in the place of those that are not right stands what the course has.
+
+        That is names of its package (the second value, with their modules), or, for what goes beyond it, its solution (the names are the third).
+        """
+        wanted, todo, give, own = {}, [source], {}, []
+        mine = set(defined(source)).union(*(defined(text) for text in self.shared))  # an answer that redefines torch spoils only itself
         while todo:
             for each in used(todo.pop()):
                 for other, text in self.sources.items():
-                    if other == name or other in wanted or each not in {*defined(text), *self.exercises[other]["names"]} or each in own:
+                    if other == name or other in wanted or each not in {*defined(text), *self.exercises[other]["names"]} or each in mine:
                         continue
-                    wanted.add(other)
                     if other in self.failed and (names := self.of_the_course(other)):
                         give.update(names)
-                    else:
-                        todo.append(text)
-        before = [o for o in self.sources if o in wanted - self.broken and not set(self.exercises[o]["names"]) & set(give)]
-        return before, give
+                        wanted[other] = ""
+                        continue
+                    if other in self.failed and (solved := self.solution(other)):
+                        own += self.exercises[other]["names"]
+                        text = solved
+                    elif other in self.broken:
+                        text = ""
+                    wanted[other] = text
+                    todo.append(text)
+        return {other: wanted[other] for other in self.sources if wanted.get(other)}, give, own
+
+    def solution(self, exercise: str) -> str:
+        """The course's own answer to an exercise; nothing in a copy without solutions."""
+        from course import workbook
+
+        try:
+            return workbook.load(self.workbook).solution(exercise)
+        except (OSError, ValueError, KeyError, StopIteration, workbook.BuildError):
+            return ""
 
     def of_the_course(self, exercise: str) -> dict[str, str]:
         """The names of an exercise that the course's own module has."""
-        import importlib
-
         try:
             module = importlib.import_module(self.module)
         except (ImportError, ValueError):
