@@ -188,6 +188,10 @@ def test_messages_have_limits() -> None:
     with pytest.raises(WireError):  # half a message, and then nothing
         there.sendall(b"\x00")
         Channel(here).receive(time.monotonic() + 0.2)
+    for code in (["list", [["bytes", 0]] * 3], ["list", [["packed", "q", 0]] * 3], ["list", [["tensor", "uint8", [2**26], [0], 0]] * 3],
+                 ["range", [0, 10**9, 1]]):  # fmt: skip
+        with pytest.raises(WireError):
+            Decoder([bytes(2**26)], lambda code: None)(code)
     deep: list = []
     for _ in range(100):
         deep = [deep]

@@ -43,6 +43,7 @@ import types
 from collections.abc import Callable
 
 LARGEST = 64 * 2**20  # bytes of one message
+IN_ALL = 2**30  # bytes that one side takes from the other, all messages together: a check may keep what it gets
 DEEPEST = 60  # lists in lists
 NODES = 500_000  # values in one message
 HEAD = struct.Struct(">QQ")
@@ -66,7 +67,7 @@ class Channel:
     """Messages over a socket: a JSON object and a list of byte strings."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+        self.sock, self.taken = sock, 0
 
     def send(self, message: object, buffers: list[bytes] = (), deadline: float | None = None) -> None:
         text = json.dumps([message, [len(b) for b in buffers]]).encode()
@@ -88,6 +89,9 @@ class Channel:
         length, rest = HEAD.unpack(self._read(HEAD.size, deadline))
         if length + rest > LARGEST:
             raise WireError(f"a message of {length + rest:,} bytes: at most {LARGEST:,} are allowed")
+        self.taken += length + rest
+        if self.taken > IN_ALL:
+            raise WireError(f"more than {IN_ALL:,} bytes in all")
         text, data = self._read(length, deadline), self._read(rest, deadline)
         try:
             message, sizes = json.loads(bytes(text))
@@ -205,7 +209,15 @@ class Decoder:
     """Rebuilds a value; `other(code)` rebuilds what is no plain data, or raises WireError."""
 
     def __init__(self, buffers: list[bytes], other: Callable[[list], object]) -> None:
-        self.buffers, self.other, self.count = buffers, other, 0
+        self.buffers, self.other, self.count, self.used = buffers, other, 0, 0
+
+    def buffer(self, index: object) -> bytes:
+        """The bytes of a value; a message cannot name the same bytes again and again."""
+        data = self.buffers[_size(index)]
+        self.used += len(data)
+        if self.used > 2 * LARGEST:
+            raise WireError("the same bytes too often")
+        return data
 
     def __call__(self, code: object, depth: int = 0) -> object:
         self.count += 1
@@ -235,7 +247,7 @@ class Decoder:
         if kind in ("list", "tuple", "set", "frozenset"):
             return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](again(v) for v in _list(code[1]))
         if kind == "packed" and code[1] in PACKABLE.values():
-            data = self.buffers[_size(code[2])]
+            data = self.buffer(code[2])
             if len(data) > 8 * MOST_PACKED:
                 raise WireError(f"a list of more than {MOST_PACKED:,} numbers")
             packed = array.array(code[1])
@@ -251,9 +263,12 @@ class Decoder:
         if kind == "dict":
             return {again(k): again(v) for k, v in _list(code[1])}
         if kind in ("bytes", "bytearray"):
-            return (bytes if kind == "bytes" else bytearray)(self.buffers[_size(code[1])])
+            return (bytes if kind == "bytes" else bytearray)(self.buffer(code[1]))
         if kind in ("slice", "range"):
-            return (slice if kind == "slice" else range)(*[again(v) for v in _list(code[1])])
+            made = (slice if kind == "slice" else range)(*[again(v) for v in _list(code[1])])
+            if kind == "range" and not 0 <= len(made) <= MOST_PACKED:  # short to tell, and endless to go through
+                raise WireError("a range too long")
+            return made
         if kind == "ellipsis":
             return ...
         if kind == "dtype":
@@ -271,7 +286,7 @@ class Decoder:
     def tensor(self, dtype: str, shape: list, order: list, index: int):
         import torch
 
-        dtype, shape, data = _dtype(dtype), [_size(n) for n in shape], self.buffers[_size(index)]
+        dtype, shape, data = _dtype(dtype), [_size(n) for n in shape], self.buffer(index)
         if sorted(order) != list(range(len(shape))) or math.prod(shape) * dtype.itemsize != len(data):
             raise WireError("a tensor whose shape and bytes disagree")
         moved = [shape[axis] for axis in order]
@@ -284,7 +299,7 @@ class Decoder:
     def array(self, dtype: str, shape: list, index: int, scalar: bool):
         import numpy
 
-        dtype, shape, data = numpy.dtype(str(dtype)), [_size(n) for n in shape], self.buffers[_size(index)]
+        dtype, shape, data = numpy.dtype(str(dtype)), [_size(n) for n in shape], self.buffer(index)
         if dtype.kind not in "biufc" or math.prod(shape) * dtype.itemsize != len(data):
             raise WireError("an array whose shape and bytes disagree")
         if dtype.kind == "b":
