@@ -13,6 +13,17 @@ ROOT = Path(__file__).resolve().parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never need the network; a hidden download would show as an error
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+if os.environ.get("MINIMIND_STUDENT"):  # the kind of an error is part of what a function promises; its words are the reader's own
+    _raises = pytest.raises
+    pytest.raises = lambda *kinds, match=None, **options: _raises(*kinds, **options)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The same tests hold for a reader's modules, but for those that look inside."""
+    if os.environ.get("MINIMIND_STUDENT"):
+        for item in items:
+            if item.get_closest_marker("internal"):
+                item.add_marker(pytest.mark.skip(reason="how the course's own code does it; here are a reader's modules"))
 
 
 @pytest.fixture(scope="session")

@@ -252,6 +252,7 @@ def test_when_the_matrices_are_taken():
         assert not matrices_are_faster(low, low), "no backward pass: the kernel is faster"
 
 
+@pytest.mark.internal
 @pytest.mark.parametrize("mask", ["causal", "own"])
 def test_the_layer_gives_the_same_by_both_ways(mask, monkeypatch):
     torch.manual_seed(0)

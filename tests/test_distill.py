@@ -120,6 +120,7 @@ def test_logits_at_are_the_models_own(batch, tied):
     torch.testing.assert_close(kept, every[places], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.internal
 def test_the_output_layer_never_sees_padding_or_the_users_words(batch, monkeypatch):
     seen, linear = [], F.linear
 

@@ -101,6 +101,7 @@ def test_by_hand_and_the_library_learn_the_same_merges(texts):
     assert by_hand(texts, 30) == fast(texts, 30)
 
 
+@pytest.mark.internal
 def test_the_rule_for_ties_matters(monkeypatch):
     """The same comparison with the opposite rule fails, so the test above is no empty one."""
     texts = ["ab cd ab cd ef ef"] * 3

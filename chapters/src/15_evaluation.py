@@ -781,7 +781,7 @@ print(f"permutation {permutation(a, b):.4f}, McNemar {mcnemar(a, b):.4f}")
 assert abs(permutation(a, b) - mcnemar(a, b)) < 0.03
 
 # %% [markdown]
-# **Exercise 15.8 (10 min, ★★): `permutation_test`** in [workbook 15](../exercises/15_evaluation.ipynb). A permutation test for marks in place of right and wrong: one bug makes every p-value 1, the other shows when the two models are swapped.
+# **Exercise 15.8 (10 min, ★★): `permutation_test`** in [workbook 15](../exercises/15_evaluation.ipynb). Two bugs in a test for marks in place of right and wrong: one bug makes every p-value 1, the other shows when the two models are swapped.
 #
 # scipy has the coin test as `binomtest`:
 
@@ -1349,7 +1349,7 @@ show(fig, "Every stage of this run: answers right against size, against time for
           "answer, and against bits per byte.")
 
 # %% [markdown]
-# **Exercise 15.9 (10 min, ★): `pass_at_k`** in [workbook 15](../exercises/15_evaluation.ipynb). Predict one number, then write the chance that one of k tries is right, from n tries and without bias.
+# **Exercise 15.9 (10 min, ★): `pass_at_k`** in [workbook 15](../exercises/15_evaluation.ipynb). One answer per question is one try. Predict one number, then write the chance that one of k tries is right, without bias.
 #
 # The numbers with their bands. For bits per byte, the interval comes from the bootstrap over blocks of text; weights are bytes.
 
