@@ -258,7 +258,7 @@ def flat(tensors) -> torch.Tensor:
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
-@exercise("train_step", after=["learning_rate_at", "token_shares"], keeps=["train_step"])
+@exercise("train_step", after=["learning_rate_at", "token_shares"], keeps=["train_step", "try_steps"])
 def check_train_step(try_steps):
     given = "one step with one batch"
     got, wanted = try_steps(tiny_model(), text_batches(12), 1, **PACE), plain_steps(1)

@@ -487,7 +487,7 @@ check("capped_attention")
 
 # %% id="w07-stream-size" exercise="stream_size" points=4 minutes=20 difficulty=2 kind="beyond"
 ### BEGIN SOLUTION
-predicted_size = math.sqrt(1 + 64)
+predicted_size = 8
 ### END SOLUTION
 
 def stream_size(layers: int) -> float:
