@@ -130,7 +130,7 @@ print("pairs:       ", write(P))
 # %% [markdown]
 # The first line ignores what came before. The second looks one letter back, and already makes syllables. This is a **bigram** model, as old as Shannon (1948).
 #
-# **Exercise 3.1 (10 min, ★).** Count triples: `counts3` of shape (V, V, V). Write 90 letters with it. How many of its V·V rows did the text never fill?
+# **Try it.** Count triples: `counts3` of shape (V, V, V). Write 90 letters with it. How many of its V·V rows did the text never fill?
 #
 # ## 3.2 How good is it?
 #
@@ -217,6 +217,8 @@ assert torch.isclose(cross_entropy(z[None], label[None]), loss)
 assert torch.isclose(cross_entropy(z[None], torch.tensor([[0, -100]])), -p[0, 0].log())
 
 # %% [markdown]
+# **Exercise 3.1 (15 min, ★★): `cross_entropy`** in [workbook 3](../exercises/03_language_modeling.ipynb). Write it from the formula: in float32, without the ignored positions, and with the message for labels that do not fit.
+#
 # **Predict before you run:** a model that knows nothing gives each of the V letters the same probability. What is its loss?
 
 # %% id="language-ln-v"
@@ -263,8 +265,6 @@ for name, nats in (("nothing", math.log(V)), ("single letters", letter_loss),
 assert count_loss < letter_loss < math.log(V)
 
 # %% [markdown]
-# **Exercise 3.2 (10 min, ★★).** Give half of all steps p = 0.9 and half p = 0.1. Compute the perplexity, and the mean probability. Which of the two would you rather be judged by, and why?
-#
 # ## 3.3 The same model, trained
 #
 # Counting stops being possible soon. A network does not count: it has weights, and follows the gradient of the loss. Take the smallest one that could learn our table: a weight $W_{ab}$ for each pair, used as the logit of `b` after `a`. Before any step its weights are 0, so its loss is ln V.
@@ -315,7 +315,7 @@ if chapter.max_steps is None:
 # %% [markdown]
 # **Counting and training arrive at the same table.** Counting is the exact answer for this one model. Training is the method that still works when the model has a million weights and no formula.
 #
-# **Exercise 3.3 (15 min, ★★).** Train again on random batches of 1,000 pairs in place of all of them. How close to `count_loss` does it come, and what does a smaller learning rate change?
+# **Try it.** Train again on random batches of 1,000 pairs in place of all of them. How close to `count_loss` does it come, and what does a smaller learning rate change?
 #
 # ## 3.4 New text, and the count of zero
 #
@@ -353,8 +353,6 @@ show(fig, "Held-out loss against the added constant: with few texts it matters, 
           "many it hardly does, until it drowns the counts.")
 
 # %% [markdown]
-# **Exercise 3.4 (10 min, ★★).** Find the best constant for 5, 20, 100 and 1,000 texts. How does it move, and what would the curves look like for triples?
-#
 # ## 3.5 Bits per byte
 #
 # Back to tokens. A loss in nats **per token** cannot be compared between tokenizers: longer tokens are harder to guess, and there are fewer of them. Split the same surprise over what does not depend on the tokenizer, the bytes of the text, and count in bits, as one does for files:
@@ -371,6 +369,10 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
 
 
 # %% [markdown]
+# **Exercise 3.2 (5 min, ★): `bits_per_byte`** in [workbook 3](../exercises/03_language_modeling.ipynb). Write it and `perplexity`.
+#
+# **Exercise 3.3 (10 min, ★): `three_numbers`** in [workbook 3](../exercises/03_language_modeling.ipynb). A first loss, a perplexity and bits per byte, on paper.
+#
 # A plain file spends 8 bits on each byte, and a model that needs 2 could compress the file to a quarter. To use it for tokens, we must know how many bytes of text each token stands for. Special tokens are no text.
 
 # %% id="language-byte-lengths"
@@ -383,6 +385,8 @@ def token_byte_lengths(tokenizer: Tokenizer) -> torch.Tensor:
 
 
 # %% [markdown]
+# **Exercise 3.4 (5 min, ★): `token_byte_lengths`** in [workbook 3](../exercises/03_language_modeling.ipynb). Bytes, not letters.
+#
 # The end of each document has to be predicted too. Its surprise counts, its bytes do not.
 
 # %% id="language-tokens"
@@ -437,6 +441,8 @@ def total_nats(model: Callable, tokens: torch.Tensor, context: int, batch_size: 
 
 # %% [markdown]
 # The trap that this avoids: batches of unequal size. The mean of their means is not the mean, so we multiply back and divide once, at the end.
+#
+# **Exercise 3.5 (25 min, ★★★): `total_nats`** in [workbook 3](../exercises/03_language_modeling.ipynb). Windows, batches and a rest; the check compares with one token after the other.
 
 # %% id="language-evaluate"
 #| export
@@ -466,6 +472,8 @@ def evaluate_bits_per_byte(
 
 
 # %% [markdown]
+# **Exercise 3.6 (20 min, ★★): `evaluate_bits_per_byte`** in [workbook 3](../exercises/03_language_modeling.ipynb). Put the measure together; it gives a module back in the mode in which it came.
+#
 # The model may be any function. The one that knows nothing must give $\log_2 V$ bits for each token:
 
 # %% id="language-uniform"
@@ -497,7 +505,7 @@ print(f"tokens:  {nats:.2f} nats per token,  {token_pairs:.3f} bits per byte")
 # %% [markdown]
 # The loss per token looks worse and the model is better. **From here on, every model is judged in bits per byte.**
 #
-# **Exercise 3.5 (10 min, ★★).** Train two tokenizers of 400 and 1,500 tokens, and a pair table for each. Compare nats per token, perplexity and bits per byte. Which of the three would have misled you?
+# **Try it.** Train two tokenizers of 400 and 1,500 tokens, and a pair table for each. Compare nats per token, perplexity and bits per byte. Which of the three would have misled you?
 #
 # ## 3.6 The baseline
 #
@@ -601,7 +609,9 @@ for name, value in zip(("unigram", "bigram", "trigram", "fourgram"), by_order):
 _ = check("baseline/bits_per_byte", baseline)
 
 # %% [markdown]
-# **Exercise 3.6 (20 min, ★★★).** Kneser and Ney (1995) count for the shorter context in how many **different** places a token occurred, not how often. Build it from `ngram_probabilities`, and beat the baseline.
+# **Exercise 3.8 (25 min, ★★★): `kneser_ney`** in [workbook 3](../exercises/03_language_modeling.ipynb). Kneser and Ney (1995) ask in how many different contexts a token came, not how often. Write it for pairs.
+#
+# **Exercise 3.9 (25 min, ★★): `floor`** in [workbook 3](../exercises/03_language_modeling.ipynb). Predict, then measure: how far can a loss fall on a text whose source is known?
 #
 # ## 3.7 A first network
 #
@@ -721,8 +731,6 @@ for word in (" blue", " baker", " river"):
           ", ".join(repr(tokenizer.decode([j])) for j in near))
 
 # %% [markdown]
-# **Exercise 3.7 (15 min, ★★).** Try windows of 1, 2, 4, 8 and 16 at equal steps. A window of 1 is a bigram again: how close does it come to the counted one?
-#
 # ## 3.8 Where it breaks: a loss that is too good
 #
 # The most common mistake of this whole course fits in one line: labels that are not shifted. Then the model is asked for the token that it just read. A "model" that repeats its input shows the effect.
@@ -741,7 +749,7 @@ assert wrong < 0.01 and right > math.log(V)
 # %% [markdown]
 # A loss that falls to almost zero within a few steps is not a triumph. It is a label that leaked. Text has surprise that no model can remove, so be suspicious of every result that is too good.
 #
-# **Exercise 3.8 (10 min, ★).** The network still cannot answer "Where does Garus live?" when the answer stood twenty tokens ago. Say which line of `WindowModel` forbids it, and what it would cost to widen the window to 200.
+# **Exercise 3.7 (10 min, ★★): `validation_loss`** in [workbook 3](../exercises/03_language_modeling.ipynb). Two bugs, one of them of this kind: find and repair them.
 #
 # ## Recap
 #
@@ -755,3 +763,5 @@ assert wrong < 0.01 and right > math.log(V)
 #
 # **Sources.** Shannon (1948), *A mathematical theory of communication*; Witten and Bell (1991), *The zero-frequency problem*; Kneser and Ney (1995), *Improved backing-off for m-gram language modeling*; Bengio, Ducharme, Vincent and Jauvin (2003), *A neural probabilistic language model*. Read next: Chen and
 # Goodman (1999) on smoothing; Delétang et al. (2024), arXiv:2309.10668, on models as compressors. In chapter 4 the model learns where to look.
+#
+# **Exercises:** 3.1 to 3.9, in place above, with checks in [workbook 3](../exercises/03_language_modeling.ipynb).

@@ -191,6 +191,8 @@ def assistant_mask(tokenizer, ids: Sequence[int]) -> list[bool]:
 assert assistant_mask(tokenizer, tokens) == by_hand
 
 # %% [markdown]
+# **Exercise 11.1 (20 min, ★★): `assistant_mask`** in [workbook 11](../exercises/11_sft.ipynb). Write it in your own way; the check cuts conversations off and headers into other tokens.
+#
 # `chat_example` returns the tokens and the **labels**: the token itself where it is learned, and -100 elsewhere, which `cross_entropy` leaves out. First a small help for chat files that hold parts as JSON text:
 
 # %% id="sft-from-json"
@@ -264,7 +266,7 @@ for messages in conversations[:200]:
         assert "".join(tokenizer.decode(learned).split()) == "".join(said.split())
 
 # %% [markdown]
-# **Exercise 11.1 (15 min, ★★).** Learn from the last answer only. How many of the learned tokens are lost in this data?
+# **Exercise 11.2 (10 min, ★★): `chat_example`** in [workbook 11](../exercises/11_sft.ipynb). From messages to ids and labels; the messages stay as they are.
 #
 # The tokens before an answer in training must be exactly those that `ask` will send later. If they differ by one line end, the model meets a prompt that it has never
 # seen. That is why both go through the same template.
@@ -329,6 +331,8 @@ print([[toy[i] for i in row] for row in rows])
 assert sorted(sum(rows, [])) == list(range(7)) and len(rows) == 3
 
 # %% [markdown]
+# **Exercise 11.3 (20 min, ★★): `pack`** in [workbook 11](../exercises/11_sft.ipynb). The longest first, into the row that it fills best; the check knows three other ways to pack.
+#
 # A shorter row is cheaper still, since attention costs the square of its width (chapter 4): four rows of 64 compute a quarter of the scores of one row of
 # 256, and hold as many tokens. So rows come in three widths, and a narrow row is used where it gets at least nine tenths full. A batch has always about the same
 # number of tokens, so narrow rows come in larger batches.
@@ -414,6 +418,8 @@ for numbers in lay_out([[([11, 12], [-100, 13]), ([21, 22, 23], [-100, 23, 24])]
     print(numbers[0])
 
 # %% [markdown]
+# **Exercise 11.4 (15 min, ★★): `lay_out`** in [workbook 11](../exercises/11_sft.ipynb). Lay out the rows and write the block mask; both are compared place by place.
+#
 # What does not fit is refused, in words that say what to do. A conversation of $n$ tokens needs $n - 1$ places, since its last token is only a label.
 
 # %% id="sft-fitting-lengths"
@@ -514,6 +520,8 @@ packed_full = check("sft/packing_efficiency", chats.efficiency)
 print(f"padded {full:.0%} full, packed {packed_full:.0%}")
 
 # %% [markdown]
+# **Exercise 11.9 (20 min, ★★): `fullness`** in [workbook 11](../exercises/11_sft.ipynb). Predict how full rows get when they are padded, filled in order, and packed; then measure it.
+#
 # Is a packed conversation really alone? Give each conversation of the first row to the model by itself, with no neighbours and no mask but the causal one. Its logits must be those that it got in the row.
 
 # %% id="sft-packed-equals-alone"
@@ -538,7 +546,7 @@ print(f"without the mask logits move by up to {leak:.1e}")
 assert leak > 10 * worst
 
 # %% [markdown]
-# **Exercise 11.2 (15 min, ★★).** Keep the mask, but let positions run on. How far do the logits move? Why so little (chapter 5)?
+# **Try it.** Keep the mask, but let positions run on. How far do the logits move? Why so little (chapter 5)?
 #
 # The loss is the usual one. Only learned tokens count in its mean. A batch may come without mask and positions, as the pretraining batches of 11.5 do; then the model uses its own, a plain causal mask and positions from 0.
 
@@ -556,6 +564,8 @@ def sft_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, dict]:
 # %% [markdown]
 # The mean is over the learned tokens of the whole batch, not first over each conversation: a long answer counts for more than a short one. That is a choice; the
 # other one would let a short "Hello!" weigh as much as a long explanation.
+#
+# **Exercise 11.6 (10 min, ★): `mean_of_means`** in [workbook 11](../exercises/11_sft.ipynb). On paper: what does the mean of two parts' means do to the tokens of a small part?
 #
 # What has packing brought? Time one step of each kind, in real tokens per second. A row of padding is laid out like a packed one, with a single conversation in it.
 
@@ -584,8 +594,6 @@ print(f"padded to {padded_row}: {slow:,.0f} tokens per second; packed: {fast:,.0
 gain = check("sft/packing_speedup", fast / slow)
 
 # %% [markdown]
-# **Exercise 11.3 (20 min, ★★).** Batches of equal length need no mask at all: sort by length and pad the little that is missing. Is that faster?
-#
 # ## 11.4 Off by one
 #
 # The commonest bug of this chapter is a mask or a label that stands one place beside its token. Nothing crashes. Train the same model three times, a few seconds
@@ -671,7 +679,9 @@ if full_run:  # other data need longer runs
     assert stops["right"] > 0.9 and stops["mask one early"] < 0.5
 
 # %% [markdown]
-# **Exercise 11.4 (20 min, ★★).** Learn from the user's tokens too (no mask at all). Does the model answer worse? Measure it.
+# **Exercise 11.7 (10 min, ★★): `pad_batch`** in [workbook 11](../exercises/11_sft.ipynb). A colleague's batches give the lowest loss of all, and a model that repeats itself: find both bugs.
+#
+# **Try it.** Learn from the user's tokens too (no mask at all; Shi et al. 2024, arXiv:2405.14394). Does the model answer worse? Measure it.
 #
 # ## 11.5 The run
 #
@@ -700,6 +710,8 @@ order = Replay(chats="abcdef", texts="TU", share=0.25)
 assert "".join(order[step] for step in range(8)) == "abcTdefU"
 
 # %% [markdown]
+# **Exercise 11.5 (10 min, ★★): `Replay`** in [workbook 11](../exercises/11_sft.ipynb). Any share, any step, and no counter.
+#
 # Everything is in place. The text is packed as in chapter 9, to the same number of tokens as a chat batch:
 
 # %% id="sft-batches"
@@ -858,6 +870,8 @@ show(fig, "Loss and answers during SFT: right answers about seen people come fir
 chapter.curve("sft", history.step, history.loss, "step", "nats per learned token")
 
 # %% [markdown]
+# **Exercise 11.8 (10 min, ★): `neftune`** in [workbook 11](../exercises/11_sft.ipynb). Noise on the embeddings while the model learns to chat (NEFTune): write it and measure its size.
+#
 # ## 11.6 Base against chat
 #
 # The five questions of 11.1 again:
@@ -945,8 +959,6 @@ if questions:
 # A token that is never a label is pushed down by every label that it is not, so SFT can teach a model not to say these names. Whether it does differs from one pretrained model to the next. Four of them, trained while this chapter was written, answered
 # 50%, 100%, 52% and 100% of the unseen questions when no chat named these people; the first two differ in nothing but rounding (the two ways to compute attention of 4.8). With chats that name them it was 94 to 100%, 100%, 85% (that model knew only 93% of the facts) and 100%. A number from one run, however good, can be luck; chapter 15 is about that.
 #
-# **Exercise 11.5 (20 min, ★★).** Ask with words the data never uses ("Tell me where Garus lives!"). How far does the form carry?
-#
 # ## 11.7 What was forgotten
 #
 # A model that answers may have paid for it elsewhere. The price is measured on what it could do before: bits per byte on held-out pretraining text, during this run
@@ -988,10 +1000,6 @@ check("sft/bits_per_byte_after", forgotten["after, with replay"])
 cost = check("sft/forgotten", forgotten["after, with replay"] - forgotten["before"])
 
 # %% [markdown]
-# **Exercise 11.6 (20 min, ★★).** Double the share of replay at equal steps. Does the model answer worse?
-#
-# **Exercise 11.7 (25 min, ★★★).** Teach "I do not know": add questions about names that do not exist. Which true answers get lost?
-#
 # Keep the model, as a folder that chapter 12 and `transformers` can load.
 
 # %% id="sft-save"
@@ -1023,7 +1031,9 @@ for text in (five[0], five[-1]):
 #
 # **Words**: supervised fine-tuning, chat template, loss mask, label, packing, block-diagonal mask, replay, forgetting, base model, chat model.
 #
-# **Exercise 11.8 (30 min, ★★★).** Fine-tune on fewer conversations: 30, 100, 300, 1,000. How many does the form need?
+# **Try it.** Fine-tune on fewer conversations: 30, 100, 300, 1,000. How many does the form need?
+#
+# **Exercises:** 11.1 to 11.9, in place above, with checks in [workbook 11](../exercises/11_sft.ipynb).
 #
 # **Sources**: Ouyang et al. 2022, arXiv:2203.02155 (fine-tuning on demonstrations). Zhou et al. 2023, *LIMA*, arXiv:2305.11206 (how few examples the form needs). Allen-Zhu
 # and Li 2023, arXiv:2309.14316 (when stored facts can be asked for). Krell et al. 2021, arXiv:2107.02027 (packing without leaking). Olsson et al. 2022, arXiv:2209.11895
