@@ -210,7 +210,7 @@ for name, value in (("first", apart[0]), ("most", apart.max()), ("last", b[-1]))
 from minimind.model import MiniMind
 from minimind.sft import ask_all
 
-questions = ["Where does Garus live?", "What pet does Tilda have?", "Who are you?",
+questions = ["Where does Hanis live?", "What pet does Kara have?", "Who are you?",
              "What is two plus three?", "Tell me a short story."]
 model = MiniMind.from_pretrained(chapter.read("sft")).eval()
 answers = ask_all(model, tokenizer, questions, max_new_tokens=32)
