@@ -28,8 +28,10 @@ def build(master: Master, submission: Submission, hidden: dict[str, list[dict]],
     cells, plan = [], []
     roles = {e.answer: ("answer", e) for e in master.exercises.values()} | {e.check: ("check", e) for e in master.exercises.values()}
     shared = {n for i, c in enumerate(master.cells) if c["kind"] == "code" and i not in roles for n in defined(c["source"])}
-    changing = {name for name, check in checks_of(master.name).items() if check.in_place}
-    facts = {e.name: {"names": [n for n in e.names if n not in shared], "in_place": e.name in changing,
+    checks = checks_of(master.name)
+    changing = {name for name, check in checks.items() if check.in_place}
+    taken = {name: [n for n in check.needs if n not in shared] for name, check in checks.items()}  # also what other answers define
+    facts = {e.name: {"names": [n for n in e.names if n not in shared], "in_place": e.name in changing, "taken": taken.get(e.name, []),
                       "check": master.cells[e.check]["source"]} for e in master.exercises.values()}  # fmt: skip
     known = shared | {n for source in submission.answers.values() for n in defined(source)}
 
@@ -160,10 +162,11 @@ class Answers:
             space[each] = NotDefined(each)
         self.sources[name] = source
         self.failed.add(name)  # until its check passes
-        before, give, own = self.needed(name, source)
+        others = [each for each in self.exercises[name].get("taken", []) if each not in names]  # a check uses them together: from one process
+        before, give, own = self.needed(name, source, others)
         cells = [{"name": "workbook", "source": text, "answer": False, "names": []} for text in self.shared]
         cells += [{"name": other, "source": text, "answer": False, "names": [], "spare": list(give)} for other, text in before.items()]
-        cells.append({"name": name, "source": source, "answer": True, "names": names})
+        cells.append({"name": name, "source": source, "answer": True, "names": [*names, *others]})
         hide = {self.module: names} if self.module else {}
         box = Sandbox(self.server, cells, self.limits, hide=hide, namespaces=self.namespaces, in_place=self.exercises[name]["in_place"], give=give)
         self.boxes.append(box)
@@ -172,16 +175,16 @@ class Answers:
         self.broken.discard(name)
         if type(found) is not dict:
             raise AnswerFailed("the answer sent no definitions")
-        space.update({each: found[each] for each in names if each in found})
+        space.update({each: found[each] for each in [*names, *others] if each in found})
         for other in [*give, *own]:
             print(f"with the course's own {other}")
 
-    def needed(self, name: str, source: str) -> tuple[dict[str, str], dict[str, str], list[str]]:
-        """The answers that this one builds on, by exercise; in the place of those that are not right stands what the course has.
+    def needed(self, name: str, source: str, others: list[str] = ()) -> tuple[dict[str, str], dict[str, str], list[str]]:
+        """The answers that this one, or its check, builds on, by exercise; in the place of those that are not right stands what the course has.
 
         That is names of its package (the second value, with their modules), or, for what goes beyond it, its solution (the names are the third).
         """
-        wanted, todo, give, own = {}, [source], {}, []
+        wanted, todo, give, own = {}, ["; ".join(others), source], {}, []
         mine = set(defined(source)).union(*(defined(text) for text in self.shared))  # an answer that redefines torch spoils only itself
         while todo:
             for each in used(todo.pop()):
