@@ -379,7 +379,8 @@ check("split_clean")
 ### BEGIN HIDDEN TESTS
 hidden_texts = [f"hidden {i // 2}{'  ' * (i % 2)}" for i in range(200)]
 hidden_train, hidden_valid = split_clean(hidden_texts, 0.3)
-assert sorted(hidden_train + hidden_valid) == sorted({f"hidden {i}" for i in range(100)})
+hidden_unique = sorted(f"hidden {i}" for i in range(100))
+assert sorted(hidden_train + hidden_valid) == hidden_unique
 assert hidden_valid == [t for t in hidden_texts[::2] if t in hidden_valid]
 ### END HIDDEN TESTS
 
