@@ -232,7 +232,7 @@ class Bench:
             for identity, tree in cells.items():
                 if identity in answers:  # numbers that only their own check looks at are measured again in each mutant of that exercise
                     elsewhere = set().union(*(names for other, names in used.items() if other != identity))
-                    tree.body = [node for node in tree.body if not isinstance(node, ast.Assign) or bound(ast.unparse(node)) & elsewhere]
+                    tree.body = wanted(tree.body, elsewhere)
                 exec(compile(tree, f"<{identity}>", "exec"), self.namespace)
 
     def made(self, sample: int = 0, seed: int = 0) -> list[Mutant]:
@@ -283,6 +283,16 @@ class Bench:
             code = 0
         finally:
             os._exit(code)
+
+
+def wanted(body: list[ast.stmt], elsewhere: set[str]) -> list[ast.stmt]:
+    """The statements without the assignments that nothing else needs: no other cell, and no later statement that stays."""
+    kept, needed = [], set(elsewhere)
+    for node in reversed(body):
+        if not isinstance(node, ast.Assign) or bound(ast.unparse(node)) & needed:
+            needed |= {name.id for name in ast.walk(node) if isinstance(name, ast.Name)}
+            kept.insert(0, node)
+    return kept
 
 
 def bound(source: str) -> set[str]:

@@ -103,3 +103,9 @@ print([mutant.outcome for mutant in bench.judged([*right, loops, waits], jobs=2,
 def test_a_mutant_that_never_ends_is_rejected():
     told, problems = started("-c", NEVER_ENDS).communicate(timeout=120)
     assert told.strip() == "['rejected', 'rejected']", problems
+
+
+def test_what_a_later_statement_needs_is_kept():
+    body = ast.parse("seed = 6\nlost = 3\ndraws = range(seed)\nlimit = 2\ndef share(x):\n    return x / limit").body
+    assert [ast.unparse(node).splitlines()[0] for node in mutants.wanted(body, {"draws"})] == [
+        "seed = 6", "draws = range(seed)", "limit = 2", "def share(x):"]  # fmt: skip
