@@ -578,6 +578,13 @@ def agree(sketches: list, rows: int, bands: slice = slice(None), some=any) -> se
             if some(all(sketches[i][k] == sketches[j][k] for k in band) for band in places)}  # fmt: skip
 
 
+def two_sketches(J: float, seed: int) -> list[tuple[int, ...]]:
+    """The pair that the workbook's sketch_pair makes."""
+    chance = random.Random(seed)
+    first = [chance.getrandbits(32) for _ in range(128)]
+    return [tuple(first), tuple(n if chance.random() < J else chance.getrandbits(32) for n in first)]
+
+
 @exercise("candidates")
 def check_candidates(predicted_share, candidates, measured):
     sketches = [(1, 2, 3, 4, 9), (1, 2, 7, 8, 9), (5, 6, 3, 4, 9), (3, 4, 1, 2, 9), (5, 2, 3, 8, 9)]
@@ -617,13 +624,14 @@ def check_candidates(predicted_share, candidates, measured):
         given = f"measured[{J}], 400 pairs in bands of 5"
         if not isinstance(measured[J], int | float) or not 0 <= measured[J] <= 1:
             fail("a share lies between 0 and 1: divide by the number of pairs", given, got=measured[J])
-        if abs(measured[J] - right) > 0.08 or measured[J] * 400 % 1:
+        wanted = sum(bool(agree(two_sketches(J, seed), 5)) for seed in range(400)) / 400
+        if abs(measured[J] - wanted) > 1e-9:
             words = "this is not the share of the 400 pairs that meet"
             words = "this is the curve, and not a measurement" if abs(measured[J] - right) < 1e-9 else words
-            fail(words, given, f"{right:.2f}, give or take 0.08", measured[J])
+            fail(words, given, wanted, measured[J])
     right = curve[0.5]
     given = "pairs of similarity 0.5, 25 bands of 5"
-    if not isinstance(predicted_share, int | float) or abs(predicted_share - right) > 0.02:
+    if not isinstance(predicted_share, int | float) or abs(predicted_share - right) > 0.01:
         mistakes = {"this is one band": 0.5**5, "this is the share that does not meet": 1 - right, "this is 5 bands of 25": 1 - (1 - 0.5**25) ** 5,
                     "all bands together are no sum: several may agree at once": 25 * 0.5**5}  # fmt: skip
         words = next((words for words, wrong in mistakes.items() if isinstance(predicted_share, int | float) and abs(predicted_share - wrong) < 0.01),

@@ -339,13 +339,12 @@ def check_kv_cache(KVCache):
     _fills(cache, k, v, made)
     for layer in (2, 0):
         _full(cache, k, v, layer)
-    for options in ({"dtype": torch.float64}, {"device": "meta"}):
-        kept = KVCache(config, 1, 4, **options).values[1]
-        if (kept.dtype if "dtype" in options else kept.device.type) != next(iter(options.values())):
-            fail(f"{next(iter(options))} is not used for the memory", f"KVCache(config, 1, 4, {options})", next(iter(options.values())))
-    for part in ("keys", "values"):
-        if getattr(KVCache(config, 1, 4, dtype=torch.float64), part)[0].dtype != torch.float64:
-            fail("dtype is not used for the memory", f"KVCache(config, 1, 4, dtype=torch.float64); {part}", torch.float64)
+    for name, asked in (("dtype", torch.float64), ("device", "meta")):
+        other = KVCache(config, 1, 4, **{name: asked})
+        for part in ("keys", "values"):
+            memory = getattr(other, part)[1]
+            if asked not in (memory.dtype, memory.device.type):
+                fail(f"{name} is not used for the memory", f"KVCache(config, 1, 4, {name}={asked}); {part}", asked, getattr(memory, name))
 
 
 def _fills(cache, k: torch.Tensor, v: torch.Tensor, made: str) -> None:
@@ -655,7 +654,7 @@ def check_cache_gib(cache_gib):
         "that counts gigabytes (10**9 bytes); a GiB has 2**30": 4.294967296,
         "these are bits": 32.0,
     }
-    if abs(cache_gib / 4 - 1) > 0.02:
+    if abs(cache_gib / 4 - 1) > 1e-4:
         words = next((words for words, value in mistakes.items() if abs(cache_gib / value - 1) < 0.01),
                      "multiply: keys and values, layers, chats, heads, positions, width, bytes")  # fmt: skip
         fail(words, given, got=cache_gib)

@@ -286,11 +286,10 @@ class JoinedArray:
         start, stop, step = where.indices(len(self))
         if step != 1:
             raise IndexError("take a plain slice first, then [::step]")
-        pieces = [self.parts[0][:0]]
-        for part, a in zip(self.parts, self.starts):
-            pieces.append(part[max(0, start - a) : max(0, stop - a)])
-        pieces = [piece for piece in pieces if len(piece)] or pieces[:1]
-        return np.asarray(pieces[0]) if len(pieces) == 1 else np.concatenate(pieces)
+        pairs = zip(self.parts, self.starts)
+        pieces = [part[max(0, start - a) : max(0, stop - a)] for part, a in pairs]
+        full = [piece for piece in pieces if len(piece)]
+        return np.asarray(full[0]) if len(full) == 1 else np.concatenate(pieces)
         ### END SOLUTION
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -490,14 +489,14 @@ check("candidates")
 
 # %% [markdown]
 # What scaling does, for a large, a middle and a small source of 100, 5 and 0.1 million
-# tokens, when 100 million are drawn:
+# tokens, when 100 million are drawn: its share, and how often it is read.
 
 # %% id="w01-scaled-try"
+sizes = {"large": 10**8, "middle": 5 * 10**6, "small": 10**5}
 for alpha in (1.0, 0.7, 0.3, 0.0):
-    plan = scaled_shares({"large": 10**8, "middle": 5 * 10**6, "small": 10**5},
-                         alpha, 10**8)
-    told = (f"{n} {s:5.1%}, {p:6.1f} passes" for n, (s, p) in plan.items())
-    print(f"alpha {alpha}:", "; ".join(told))
+    plan = scaled_shares(sizes, alpha, 10**8)
+    told = (f"{name} {share:5.1%}, {n:5.1f}x" for name, (share, n) in plan.items())
+    print(f"alpha {alpha}: ", "  ".join(told))
 
 # %% [markdown]
 # ## Keep what is yours

@@ -3,8 +3,8 @@
 #
 # You write the heart of `minimind.tokenizer` yourself: learning merges, applying them,
 # and a chat that nobody can break out of. Then you repair a faster way to learn, let
-# merges fail by chance, and measure another way to cut words. About two hours; stop
-# anywhere.
+# merges fail by chance, and measure another way to cut words. About two and a half
+# hours; stop anywhere.
 #
 # Write your code in place of the line that raises `NotImplementedError`, run the cell,
 # then run the check under it. A check that fails names the likely mistake and shows the

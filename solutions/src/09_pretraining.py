@@ -362,7 +362,7 @@ print(f"{len(packed)} rows, {sum(some_lengths) / (256 * len(packed)):.2%} of the
 # Documents stand behind one another, and windows are cut at 0, T, 2T and so on. A
 # document is cut when its tokens lie in more than one window. **Predict first:** all
 # documents have 65 tokens, `<|endoftext|>` among them, and T is 256. Which share of
-# them is cut? Write it into `predicted_cut` (within 0.01).
+# them is cut? Write it into `predicted_cut`, to three digits.
 #
 # Then measure. Write `share_cut(lengths, context)`, and fill the dict `measured` for
 # contexts of 128, 256, 512 and 1024, with 1,024 such documents.
