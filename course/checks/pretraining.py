@@ -481,7 +481,7 @@ def check_share_cut(predicted_cut, share_cut, measured):
     if not isinstance(measured, dict) or sorted(measured) != [128, 256, 512, 1024]:
         fail("`measured` is a dict: the context (128, 256, 512, 1024) to the share", got=measured)
     right = {context: cut_plainly([65] * 1024, context) for context in (128, 256, 512, 1024)}
-    if any(abs(measured[context] - right[context]) > 1e-6 for context in right):
+    if not all(abs(measured[context] - right[context]) <= 1e-6 for context in right):
         fail("`measured` must hold what your function says about 1,024 documents of 65 tokens", expected=right, got=measured)
     if not isinstance(predicted_cut, int | float) or abs(predicted_cut - 0.25) > 5e-4:
         fail("the measurement disagrees with your prediction. Between the 65 tokens of a document there are 64 places, and one place in 256 is a cut",

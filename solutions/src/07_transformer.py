@@ -44,7 +44,8 @@ def matrix(layer):
 # weight, which begins at 1:
 # $$y_i = w_i \, \frac{x_i}{\sqrt{\frac{1}{C}\sum_j x_j^2 + \varepsilon}}$$
 # LayerNorm (Ba et al. 2016, arXiv:1607.06450) would take the mean off first, and add a
-# bias at the end; RMSNorm does neither. The result has the type of x.
+# bias at the end; RMSNorm does neither. The result has the type of x, but the mean is
+# taken in float32: in float16 the square of 300 is already infinite.
 #
 # <details><summary>Hint 1: each vector by itself</summary>
 #
