@@ -14,7 +14,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST = "Ada Zoë Noor 李明 Søren Ewa Priya Tomás Ife Jürgen Mei Olga Yusuf Anaïs Kwame Ravi Lena Hugo Sara Tariq".split()
-LAST = "Ash Åström Patel O'Neil-Smith García Nowak Okafor Müller Haddad Ivanova Tanaka Silva Berg Cohen Diallo".split()
+LAST = "Ash Åström Patel O'Neil-Smith García Nowak Okafor Müller Haddad Ivanova Tanaka Silva Berg Cohen Diallo Lindqvist".split()
 KINDS = ("full", "half", "half", "wrong", "half", "empty", "colab", "attack", "half", "broken")  # one after the other
 ATTACKS = "exit_at_once torch_equal_patched builtins_patched report_written threads_and_exit_handlers messages_forged many_processes".split()
 BROKEN = (b"", b"{", b"<html><body>Sign in</body></html>", b'{"cells": []}', b"\x80\x81\x82")
@@ -66,7 +66,7 @@ def make(folder: Path, workbook: str = "04_attention", students: int = 30, seed:
     book, rng, expected = Workbook(workbook), random.Random(seed), {}
     full = sum(book.points.values())
     for number in range(students):
-        student, kind = f"{FIRST[number % len(FIRST)]} {LAST[(number * 7 + number // len(FIRST)) % len(LAST)]}", KINDS[number % len(KINDS)]
+        student, kind = f"{FIRST[number % len(FIRST)]} {LAST[(number * 3 + number // len(FIRST)) % len(LAST)]}", KINDS[number % len(KINDS)]
         answers, points = dict(book.solved), full
         if kind == "half":
             some = book.subset(rng)

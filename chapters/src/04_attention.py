@@ -1047,7 +1047,7 @@ assert torch.allclose(layer(x, attention_mask=full)[:, shuffle],
 # `Copier` has a table with a vector for each place. It has 24 rows, and a 25th place does not exist. Nothing in the table says that places 3 and 4 are
 # as near to each other as 13 and 14. Chapter 5 replaces it.
 #
-# ## 4.13 What you have
+# ## Recap
 #
 # - Attention: compare a query with all keys, turn scores into shares, mix the values. Dividing by $\sqrt{D}$ keeps the shares soft.
 # - The causal mask sets forbidden scores to minus infinity; the causality test proves it, and a loss that is too good is a leak.

@@ -679,7 +679,7 @@ assert abs(repaired - right["rotary"][0]) < 0.01
 #
 # **Try it.** Which of the checks in this chapter would pass if `rope_cos_sin` used degrees instead of radians?
 #
-# ## 5.10 What you have
+# ## Recap
 #
 # - Rotary positions turn each pair of channels of queries and keys by position times speed. Lengths stay; scores depend on distances alone.
 # - The pairs turn at speeds from 1 down to nearly 1/base: fast ones tell neighbours apart, slow ones reach far.

@@ -63,7 +63,7 @@ show(fig, "Four experts, one used: the router gives each expert a probability, t
           "likeliest computes, and its output is scaled by that probability.")
 
 # %% [markdown]
-# ## What attention cannot do
+# ## 6.1 What attention cannot do
 #
 # The output of attention is a weighted mean of value vectors. Given the weights, that is linear: sums and scalings, no products. Take two
 # facts about a token, each +1 or -1, and ask for their product ("are they the same?"). What is the best that any linear map can do?
@@ -80,7 +80,7 @@ assert torch.allclose(answers, torch.zeros(4), atol=1e-6)
 # %% [markdown]
 # It answers 0 every time: it learned nothing. A layer that works on one position needs something that is not linear.
 #
-# ## SwiGLU
+# ## 6.2 SwiGLU
 #
 # The feed-forward layer of Llama, Qwen and MiniMind multiplies two projections of the same vector. One of them goes through **SiLU**
 # first: $\text{silu}(z) = z \cdot \sigma(z)$, where $\sigma$ is the logistic function. It acts as a soft gate, near 0 for negative $z$
@@ -160,7 +160,7 @@ print(f"feed-forward {feed_forward:,} and attention {attention:,}: {share:.0%} o
       "layer is feed-forward")
 
 # %% [markdown]
-# ## Experts: more weights, the same work
+# ## 6.3 Experts: more weights, the same work
 #
 # Three quarters of a layer are spent on every token, whatever the token is. The idea of a **mixture of experts** (Shazeer et al. 2017): keep E of these
 # layers, and let each token pass through only k of them. The model knows more (E times the weights) and works as before (k times the products).
@@ -177,7 +177,7 @@ for E, k in ((1, 1), (4, 1), (8, 2), (128, 8)):
 # **Exercise 6.2 (10 min, ★): `widths`** in [workbook 6](../exercises/06_moe.ipynb). Three numbers on paper: the width that makes SwiGLU as large as the plain layer of 2017, and what a
 # mixture stores and uses.
 #
-# ## The router
+# ## 6.4 The router
 #
 # The decision is made by one small matrix with a row for each expert. Its products with the token are the **router logits**. A softmax makes them
 # probabilities, and the k largest win. Take six tokens and four experts:
@@ -240,7 +240,7 @@ print(top.tolist())
 #
 # **Try it.** Predict, then run: what changes if you add 10 to all logits of one token? And if you double them?
 #
-# ## Dispatch: from tokens to experts and back
+# ## 6.5 Dispatch: from tokens to experts and back
 #
 # First the version that cannot be wrong: run every expert on every token, and multiply by a weight that is zero where the expert was not chosen.
 # It does E/k times too much work, and it is the reference for all that follows.
@@ -428,7 +428,7 @@ show(fig, "Time of the three dispatches, 8 experts and top-1: sorting costs litt
           "more than one expert on all tokens.")
 
 # %% [markdown]
-# ## Same as Hugging Face
+# ## 6.6 Same as Hugging Face
 #
 # `transformers` has this layer in Qwen3-MoE. It stores the weights of all experts in two large tensors, with gate and up stacked; in checkpoint files they
 # are separate, under the names that our class has. With the same weights the block must agree, and so must the gradients.
@@ -470,7 +470,7 @@ if theirs is not None:
     print("largest difference:", (ours_y - theirs_y).abs().max().item())
 
 # %% [markdown]
-# ## The balance loss
+# ## 6.7 The balance loss
 #
 # Nothing so far makes the router use all experts. The usual remedy (Fedus et al. 2021) is a second loss. For each expert i take $f_i$, the share of tokens that
 # chose it, and $P_i$, the mean of its probability over all tokens:
@@ -547,7 +547,7 @@ show(fig, "The balance loss of four experts: 1 when each has a quarter of the to
 # %% [markdown]
 # **Exercise 6.6 (20 min, ★★): `load_balancing_loss`** in [workbook 6](../exercises/06_moe.ipynb). Several layers, and padding that counts nowhere.
 #
-# ## A run in which experts die
+# ## 6.8 A run in which experts die
 #
 # Now a model small enough to train in seconds. It reads words, not characters, so that you can later see which words go where:
 
@@ -655,7 +655,7 @@ show(fig, "Expert load over training, one band for each expert: without the bala
 #
 # **Exercise 6.9 (20 min, ★★): `overload`** in [workbook 6](../exercises/06_moe.ipynb). Predict how fast that bias may move, then measure it.
 #
-# ## What did the router learn?
+# ## 6.9 What did the router learn?
 #
 # Each word goes to some expert. The share of a word's visits that go to each expert, for the commonest words, in the balanced run:
 
@@ -693,7 +693,7 @@ favourite = (table.max(1).values * counts).sum() / counts.sum()
 favourite = check("experts/word_goes_to_favourite", favourite)
 
 # %% [markdown]
-# ## Is it worth it?
+# ## 6.10 Is it worth it?
 #
 # The fair comparison is at **equal active size**: a dense layer with the width of one expert does the same work for a token. A dense layer of the width of all eight is the other
 # end: the same memory, eight times the work. Three seeds each, because differences are small:
@@ -734,7 +734,7 @@ show(fig, "Final loss by seed (dots) and mean (bar): experts beat the dense laye
 #
 # **Try it.** DeepSeekMoE adds a **shared expert** that every token uses, besides the chosen one (Dai et al. 2024). Build it as a class around `MoE`. Does it change how many experts die?
 #
-# ## Where it breaks
+# ## 6.11 Where it breaks
 #
 # **The router that learns nothing.** Take top-1 and `norm_topk_prob=True`. The single weight is divided by itself: it is always 1. What is the gradient of the router?
 
@@ -782,7 +782,7 @@ assert misplaced > 0.5
 #
 # **Exercise 6.7 (15 min, ★★): `by_expert`** in [workbook 6](../exercises/06_moe.ipynb). Three bugs in a dispatch, with three symptoms: find and repair them.
 #
-# ## In five lines
+# ## Recap
 #
 # - SwiGLU is `down(silu(gate(x)) * up(x))`, $3CI$ parameters, about three quarters of a layer.
 # - A mixture of experts stores E such layers and uses k of them for a token; the router's softmax chooses and weighs.

@@ -81,7 +81,7 @@ show(fig, "The model: a stream of vectors (thick line) runs from the embedding t
           "logits, and every block reads a normalised copy of it and adds its result.")
 
 # %% [markdown]
-# ## Why not simply stack the layers?
+# ## 7.1 Why not simply stack the layers?
 #
 # Take 24 feed-forward layers from chapter 6 and chain them, each one working on the output of the last. Follow the size of the vectors, as the root mean square of their numbers.
 # What do you expect after 24 layers, when all weights are drawn with standard deviation 0.05?
@@ -129,7 +129,7 @@ assert sizes(lambda layer, x: layer(x), 0.05)[-1] == 0
 #
 # **The norm.** Each layer reads a copy of the stream that is scaled to size 1, so it never matters how large the stream has grown.
 #
-# ## RMSNorm
+# ## 7.2 RMSNorm
 #
 # Divide a vector by its root mean square, then scale every channel by a learned weight (Zhang and Sennrich 2019):
 #
@@ -223,7 +223,7 @@ assert post > 5 * pre
 #
 # **Exercise 7.10 (20 min, ★★): `stream_size`** in [workbook 7](../exercises/07_transformer.ipynb). The norm keeps what a layer reads at size 1, but the stream itself grows. Predict its size after 64 layers, then measure it.
 #
-# ## Sizes in one place
+# ## 7.3 Sizes in one place
 #
 # Everything that defines a model goes into one dataclass. Its names are Hugging Face's, because `config.json` will hold them.
 
@@ -290,7 +290,7 @@ PRESETS = {
 }
 
 # %% [markdown]
-# ## One block
+# ## 7.4 One block
 #
 # Two lines of `forward` are the picture above: read a normalised copy, add the result. The attention is chapter 4's, the feed-forward layer chapter 6's. With `qk_norm`, queries and keys get an
 # RMSNorm of their own, for each head, which keeps scores from growing during training (Dehghani et al. 2023; Qwen3 does this, Llama does not).
@@ -331,7 +331,7 @@ class Block(nn.Module):
 #
 # **Try it.** Build the parallel block of GPT-J and PaLM, `x + attention(norm(x)) + mlp(norm(x))`. What can it do faster, and what can it no longer do?
 #
-# ## Around the blocks
+# ## 7.5 Around the blocks
 #
 # Two things are needed once for all layers: who may look at whom, and the rotation of chapter 5.
 #
@@ -570,7 +570,7 @@ show(fig, "Largest change of the logits when token 25 is replaced: nothing moves
 # %% [markdown]
 # **Try it.** Left-pad a short row, pass the padding mask, and show that the logits of its real tokens equal those of the row alone. Why does it work although the positions have moved?
 #
-# ## The first loss
+# ## 7.6 The first loss
 #
 # An untrained model knows nothing, so its best guess is the same probability for all V tokens: a loss of ln V (chapter 3). For V = 2048 that is 7.62. Does our model start there? And what if the weights are drawn
 # ten times larger? Write down both guesses.
@@ -611,7 +611,7 @@ show(fig, "First loss against the spread of the initial weights: small weights s
 #
 # **Try it.** The mean of the loss over random logits of spread σ is about $\ln V + \sigma^2/2$. Test this on the curve above. Where does it fail, and why?
 #
-# ## Parameters
+# ## 7.7 Parameters
 #
 # Count them from the picture: attention has C × HD twice and C × KD twice, a feed-forward layer has 3 CI, and the embedding V × C is used once more as the output layer. Norms add a few vectors.
 
@@ -686,7 +686,7 @@ show(fig, "Where the parameters are: the tiny model spends a fifth on its vocabu
 #
 # **Exercise 7.7 (10 min, ★): `qwen`** in [workbook 7](../exercises/07_transformer.ipynb). On paper: how many million parameters has Qwen3-0.6B, and is 0.6 a fair name?
 #
-# ## Operations
+# ## 7.8 Operations
 #
 # A product of a vector with an N-weight matrix takes N multiplications and N additions: 2N **FLOPs**. Scores and mixing in attention add 4·T·H·D in each layer, since every token meets T others twice. Backward needs two products for each
 # one of forward, so training costs three times as much.
@@ -743,7 +743,7 @@ show(fig, "Share of all operations that attention scores take: half of all work 
 # %% [markdown]
 # **Exercise 7.6 (10 min, ★): `flops_per_token`** in [workbook 7](../exercises/07_transformer.ipynb). Rebuild it without looking; the check lets torch count on tensors that take no memory.
 #
-# ## Memory
+# ## 7.9 Memory
 #
 # A training step holds five things. Parameters, their gradients and Adam's two averages are 4 + 4 + 8 = 16 bytes for each parameter in float32. The fourth is **activations**: what the forward pass keeps because backward will need it. The fifth is short but large: the loss works on B × T × V
 # float32 numbers, and at its peak their gradient exists twice.
@@ -932,7 +932,7 @@ for name in PRESETS:
 # %% [markdown]
 # **Try it.** Activation checkpointing keeps only the input of each block and computes the rest again. Predict memory and FLOPs of `minimind3` with it. When is it worth it?
 #
-# ## The same model as Hugging Face's
+# ## 7.10 The same model as Hugging Face's
 #
 # A checkpoint of this course is a Hugging Face model folder with two files: `config.json` holds the sizes, `model.safetensors` the weights by name. Nothing is converted, because our names are theirs.
 # What kind of model it is follows from two fields: with experts it is a Qwen3-MoE, with q/k norm a Qwen3, and with neither a Llama.
@@ -1169,7 +1169,7 @@ for family, changes in families.items():
     assert there < 1e-4 and again < 1e-4
 
 # %% [markdown]
-# ## Where it breaks
+# ## 7.11 Where it breaks
 #
 # **A weight that did not load.** torch's `load_state_dict(strict=False)` skips what it cannot place. Rename one weight in a copy, load it that way, and look at the logits. No error appears:
 
@@ -1220,7 +1220,7 @@ assert difference[0] < 1e-5 < difference[-1]
 # Position 0 agrees exactly, because it is not rotated and sees only itself; later positions drift. So when a loaded model is almost right, look at the first position: if it agrees and the next does not, the
 # positions are handled differently. If it disagrees too, look at norms and weights.
 #
-# ## In five lines
+# ## Recap
 #
 # - A block reads a normalised copy of the stream and adds its result; without residual path and norm the signal dies within a few layers.
 # - The first loss of a healthy model is ln V.

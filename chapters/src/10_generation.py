@@ -382,8 +382,8 @@ show(fig, "Top-k keeps 20 everywhere; top-p and min-p keep one token where the m
           "is sure and many where it is not.")
 
 # %% [markdown]
-# Follow the lines. Inside a word, or after "said", there is one possible continuation, and two of the rules find that out by themselves. At the start of a sentence
-# there are dozens. Top-k is the odd one out: where the model is sure, it still offers 19 wrong tokens. Drawn a hundred times in a text, even a
+# Follow the lines. In the middle of a phrase, or where the text repeats what it said before, there is one possible continuation, and two of the rules find that
+# out by themselves. Where something new begins there are dozens. Top-k is the odd one out: where the model is sure, it still offers 19 wrong tokens. Drawn a hundred times in a text, even a
 # small chance of a wrong token is a mistake almost certain to happen.
 
 # %% id="generate-candidates-check"
@@ -1153,7 +1153,7 @@ assert command(str(folder), "--prompt", "Where do you live?", "--max-new-tokens"
 # %% [markdown]
 # It writes *something*, but not an answer. It has not learned that a question wants one, nor when to stop. That is chapter 11.
 #
-# ## 10.8 Recap
+# ## Recap
 #
 # - A model gives scores; you choose. Temperature bends the distribution, top-k, top-p and min-p cut its tail, a penalty punishes repetition.
 # - Causal attention lets every layer keep its keys and values: same tokens, and the time per token stays flat.

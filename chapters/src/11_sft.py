@@ -1021,7 +1021,7 @@ for text in (five[0], five[-1]):
     print(f"you:   {text}\nmodel: {answer}")
 
 # %% [markdown]
-# ## 11.8 Recap
+# ## Recap
 #
 # - SFT is the loop of chapter 8 on conversations; only what the assistant writes is learned, and `<|im_end|>` with it.
 # - A mask one place off trains without complaint. Print tokens with labels, and ask early.

@@ -1311,7 +1311,7 @@ for question in five:
     print(f"{question}\n    {answer!r}")
 
 # %% [markdown]
-# ## 12.11 Recap
+# ## Recap
 #
 # - The change that a small task needs has a low rank: cut to some ten pieces of 160, full fine-tuning keeps nearly all that it learned.
 # - LoRA trains that change as two thin matrices beside frozen weights. $B$ starts at zero, so the model starts as it was.

@@ -1307,7 +1307,7 @@ if judged:
 #
 # **Exercise 13.9 (25 min, ★★★): `final_gap`** in [workbook 13](../exercises/13_dpo.ipynb). Predict where a smoothed loss stops, then measure how far DPO, its smoothed form and IPO go on the smallest model there is.
 #
-# ## 13.10 Recap
+# ## Recap
 #
 # - A comparison says which answer is better. Bradley and Terry turn comparisons into rewards; DPO puts $\beta \log(\pi/\pi_{ref})$ in the place of the reward and trains the model itself.
 # - Count the tokens of the last answer and its end, and nothing else. One place early, and "stop here" is no longer compared.

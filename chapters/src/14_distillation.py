@@ -1248,7 +1248,7 @@ assert moved_quality > teacher_quality or profile == "smoke"
 # %% [markdown]
 # The loss is almost gone and nothing was learned: the teacher gave in. Watch a number that the teacher cannot move: bits per byte on held-out text.
 #
-# ## 14.11 Recap
+# ## Recap
 #
 # - A soft target gives a probability for every token; one of it says what many draws of a label would say in the mean.
 # - The loss is cross-entropy plus $\tau^2$ times the divergence from teacher to student, over learned places only; the teacher has no gradient.

@@ -1380,7 +1380,7 @@ print(f"base model: {mean:.3f} bits per byte, 95% interval {low:.3f} to {high:.3
 #
 # **Try it.** Run chapters 9 to 15 with two seeds. Which numbers does `compare` call noise? Which surprise you?
 #
-# ## 15.10 Recap
+# ## Recap
 #
 # - Multiple choice by likelihood sums the log-probabilities of an option's tokens; cut tokens as a whole, and say whether you normalise.
 # - A score belongs to a model and a form: the same facts went from chance to nearly all right.

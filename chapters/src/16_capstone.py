@@ -255,7 +255,7 @@ assert same >= len(questions) - 1, "greedy answers differ: look at generate and 
 # **Try it.** Run the whole course on your modules: `MINIMIND_STUDENT=student make course`. Then compare it with a run on the course's own by
 # `python -m course compare`.
 #
-# ## 16.6 Recap
+# ## Recap
 #
 # - `student/` has what you kept; `MINIMIND_STUDENT` puts it into the package, function by function.
 # - To compare two implementations, fix weights, batches and random numbers, and look at the first step before the curve.

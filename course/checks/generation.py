@@ -192,6 +192,9 @@ def check_penalise_repetition(penalise_repetition):
     equal(twice, torch.tensor([[2.0, -3.0, 1.0]]), "logits 3, -3, 1; previous 0, 0, 0; penalty 1.5", "token 0 is penalised once", {
         "token 0 stands there three times and is penalised three times; once is enough": torch.tensor([[3 / 1.5**3, -3.0, 1.0]]),
     })  # fmt: skip
+    small = torch.tensor([[-0.75, -0.25, 0.25, 0.75]])
+    equal(penalise_repetition(small, torch.tensor([[0, 1, 2, 3]]), 2.0), torch.tensor([[-1.5, -0.5, 0.125, 0.375]]),
+          "logits -0.75, -0.25, 0.25, 0.75; all were seen; penalty 2", "the border between divided and multiplied is 0")  # fmt: skip
     logits, previous = torch.randn(3, 12), torch.randint(0, 12, (3, 5))
     wanted = logits.clone()
     for row, seen in zip(wanted, previous.tolist(), strict=True):
