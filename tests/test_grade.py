@@ -259,6 +259,16 @@ def test_student_names(path: str, name: str) -> None:
     assert student_name(Path(path), "04_attention") == name
 
 
+@pytest.mark.parametrize(("path", "name"), [
+    ("in/ashada_LATE_12345_678910_04_attention-1.ipynb", "ashada"),
+    ("Lora Berg/Copy of 12_lora (2).ipynb", "Lora Berg"),
+    ("in/12_lora - Lora Berg.ipynb", "Lora Berg"),
+])  # fmt: skip
+def test_student_names_of_files_that_cannot_be_read(path: str, name: str) -> None:
+    """The workbook is not known then, so every workbook's name is left out."""
+    assert student_name(Path(path), "03_language_modeling", "04_attention", "12_lora") == name
+
+
 # --- what is trusted
 
 

@@ -203,7 +203,7 @@ for name, value in (("first", apart[0]), ("most", apart.max()), ("last", b[-1]))
 #
 # ## 16.5 Talk
 #
-# A hundred steps make no chat model. So the weights of chapter 11 go into a model that is built on your modules: your attention reads, your sampler
+# So few steps make no chat model. Therefore the weights of chapter 11 go into a model that is built on your modules: your attention reads, your sampler
 # writes, where you have kept them.
 
 # %% id="capstone-chat"
@@ -211,7 +211,9 @@ from minimind.model import MiniMind
 from minimind.sft import ask_all
 
 questions = ["Where does Hanis live?", "What pet does Kara have?", "Who are you?",
-             "What is two plus three?", "Tell me a short story."]
+             "Hanis drew a drum. Kara found an old map. What did Kara find?",
+             "Kara has 5 candles. Hanis gives 3 more to Kara. How many candles does "
+             "Kara have?"]
 model = MiniMind.from_pretrained(chapter.read("sft")).eval()
 answers = ask_all(model, tokenizer, questions, max_new_tokens=32)
 for question, answer in zip(questions, answers):

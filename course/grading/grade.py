@@ -141,8 +141,9 @@ def grade_one(file: Path, masters, hidden, students: Path, limits: Limits, names
             return {**before, "kept": True}
     except (ValueError, OSError):
         key = ""
+    student = student_name(file, *(master.name for master in masters))
     result = {
-        "key": key, "version": VERSION, "file": file.name, "folder": file.parent.name, "student": student_name(file, masters[0].name),
+        "key": key, "version": VERSION, "file": file.name, "folder": file.parent.name, "student": student,
         "workbook": "", "points": 0.0, "of": 0.0, "error": "", "notes": [], "exercises": {}, "seconds": 0.0,
     }  # fmt: skip
     try:

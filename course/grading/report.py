@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import statistics
+from collections import Counter
 from pathlib import Path
 from xml.sax.saxutils import escape, quoteattr
 
@@ -110,22 +111,25 @@ def overview(results: list[dict]) -> bytes:
         of, points = max(r["of"] for r in own), [r["points"] for r in own]
         body.append(f"<h2>{h(book)}</h2><p>{len(own)} students; median {statistics.median(points):g} of {of:g} points, "
                     f"from {min(points):g} to {max(points):g}.</p>{histogram(points, of)}")  # fmt: skip
-        body.append('<table><tr><th>Exercise<th class="n">Right<th class="n">Share<th class="n">Seconds (median)<th>Most frequent reason</tr>')
+        body.append('<table><tr><th>Exercise<th class="n">Right<th class="n">Share<th class="n">Not written<th class="n">Seconds (median)'
+                    "<th>Most frequent mistake</tr>")  # fmt: skip
         for name in own[0]["exercises"]:
             told = [r["exercises"][name] for r in own if name in r["exercises"]]
             right = sum(t["points"] == t["of"] for t in told)
-            reasons = [first_line(t["reason"]) for t in told if t["reason"]]
-            often = max(set(reasons), key=reasons.count) if reasons else ""
+            reasons = Counter(first_line(t["reason"]) for t in told if t["reason"])
+            empty = sum(reasons.pop(reason) for reason in list(reasons) if reason.startswith("not written yet"))
+            often = "".join(f"{reason} ({count})" for reason, count in reasons.most_common(1))
             seconds = statistics.median(t["seconds"] for t in told)
-            body.append(f'<tr><td>{h(name)}<td class="n">{right} of {len(told)}<td class="n">{right / len(told):.0%}'
+            body.append(f'<tr><td>{h(name)}<td class="n">{right} of {len(told)}<td class="n">{right / len(told):.0%}<td class="n">{empty or ""}'
                         f'<td class="n">{seconds:.2f}<td>{h(often)}</tr>')  # fmt: skip
         body.append("</table>")
     body.append('<h2>Students</h2><table><tr><th>Student<th>File<th class="n">Points<th>Noticed</tr>')
     for r in sorted(results, key=lambda r: r["student"].casefold()):
         odd = [*r["notes"], *(f"{name}: {note}" for name, t in r["exercises"].items() for note in t["odd"])]
         noticed = h(r["error"]) or "<br>".join(h(note) for note in odd)
+        points = "not graded" if r["error"] else f"{r['points']:g} of {r['of']:g}"
         body.append(f'<tr><td><a href="{h(r["page"])}">{h(r["student"])}</a><td>{h(r["folder"])}/{h(r["file"])}'
-                    f'<td class="n">{r["points"]:g} of {r["of"]:g}<td class="odd">{noticed}</tr>')  # fmt: skip
+                    f'<td class="n">{points}<td class="odd">{noticed}</tr>')  # fmt: skip
     body.append("</table>")
     return page("Class overview", "\n".join(body))
 

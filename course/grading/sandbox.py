@@ -58,6 +58,9 @@ class NotDefined:
     def __init__(self, name: str) -> None:
         self.__name__ = name
 
+    def __repr__(self) -> str:
+        return f"nothing: your cell does not define {self.__name__}"
+
     def __call__(self, *args, **kwargs):
         raise NotImplementedError(f"the answer does not define {self.__name__}")
 

@@ -144,13 +144,17 @@ WORDS = "copy of|kopie von|copie de|final|late|submission|assignsubmission|onlin
 NOISE = re.compile(rf"(?i)\b({WORDS})\b|\(\d+\)|\b\d{{4,}}\b|-\d{{1,2}}$")
 
 
-def student_name(path: Path, workbook: str) -> str:
-    """The student's name: what a class download put into the name of the file or of its folder, beside the name of the workbook."""
-    for part in (path.stem, path.parent.name):
+def student_name(path: Path, *workbooks: str) -> str:
+    """The student's name: what a class download put into the name of the file or of its folder, beside the name of a workbook."""
+    whole = [known for name in workbooks for known in (name, name.replace("_", "-"), name.replace("_", " "))]
+    topics = [name.partition("_")[2] for name in workbooks]
+    for part, removed in ((path.stem, (whole, topics)), (path.parent.name, (whole,))):
         part = unicodedata.normalize("NFC", part)
-        topic = workbook.partition("_")[2]
-        for known in (workbook, workbook.replace("_", "-"), workbook.replace("_", " "), topic):
-            part = re.sub(rf"(?i)(?<![^\W_]){re.escape(known)}(?![^\W_])", " ", part)
+        for known in removed:  # a student may be called Lora: "12_lora - Lora Berg" loses the first only
+            less = re.sub(rf"(?i)(?<![^\W_])({'|'.join(map(re.escape, known))})(?![^\W_])", " ", part)
+            if less != part:
+                part = less
+                break
         part = " ".join(NOISE.sub(" ", part.replace("_", " ")).replace("_", " ").split()).strip(" -.,")
         if part and part.lower() not in ("downloads", "tmp", "submissions", "handed in"):
             return part
