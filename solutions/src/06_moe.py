@@ -30,7 +30,7 @@ from torch import Tensor, nn
 # `down_proj`. The first two lead from C to I, the last one back:
 # $$\text{SwiGLU}(x) = W_\text{down}\,
 # \big(\text{silu}(W_\text{gate}\,x) \odot W_\text{up}\,x\big)$$
-# (Chapter section "SwiGLU".)
+# (Section 6.2.)
 #
 # <details><summary>Hint 1: the parts</summary>
 #
@@ -105,7 +105,7 @@ check("widths")
 # $$p = \operatorname{softmax}(z), \qquad
 # w_i = p_i \;\text{ or }\; w_i = \frac{p_i}{\sum_{j\,\text{chosen}} p_j}$$
 # The second form, whose weights sum to one, is that of `norm_topk_prob=True`. Compute
-# in float32 even where the logits are shorter numbers. (Section "The router".)
+# in float32 even where the logits are shorter numbers. (Section 6.4.)
 #
 # <details><summary>Hint 1: a tool</summary>
 #
@@ -140,7 +140,7 @@ check("route")
 # $$y_n = \sum_{j=1}^{k} w_{nj} \cdot \text{expert}_{e_{nj}}(x_n)$$
 # Run each expert **once**, on all of its tokens and on no others. The check counts:
 # neither a loop over tokens nor every expert on every token passes. An expert may have
-# no token at all. (Section "Dispatch".)
+# no token at all. (Section 6.5.)
 #
 # <details><summary>Hint 1: two ways</summary>
 #
@@ -190,7 +190,7 @@ check("dispatch")
 # of checkpoint files. Write `forward`: make one row of each token, whatever stands
 # before the last dimension; keep the logits in `self.router_logits`, because the
 # balance loss will train the router through them; route, dispatch, and give the result
-# the shape of x. (Section "Dispatch".)
+# the shape of x. (Section 6.5.)
 #
 # <details><summary>Hint 1: the shape</summary>
 #
@@ -249,7 +249,7 @@ check("MoE")
 # A perfectly even router has $L = k$. Three promises: the logits of several layers
 # come as a list and count as one long batch; `attention_mask` (B, T) has a 0 where a
 # token is padding, and such a token counts nowhere, in no layer; the softmax is in
-# float32. Which of $f$ and $P$ has a gradient? (Section "The balance loss".)
+# float32. Which of $f$ and $P$ has a gradient? (Section 6.7.)
 #
 # <details><summary>Hint 1: one layer, no mask</summary>
 #
