@@ -538,6 +538,18 @@ def test_the_committed_chapters_are_executed_and_small(root):
         assert str(root) not in path.read_text() and str(Path.home()) not in path.read_text()
 
 
+def test_the_committed_solutions_are_executed_and_right(root):
+    for path in sorted((root / "solutions").glob("*.ipynb")):
+        code = [c for c in json.loads(path.read_bytes())["cells"] if c["cell_type"] == "code"]
+        idle = [c["id"] for c in code if c["execution_count"] is None]
+        assert not idle, f"{path.name}: not executed: {idle}; run `python -m course build --execute --workbooks {path.stem[:2]}`"
+        checks = [c for c in code if "".join(c["source"]).startswith("check(")]
+        said = {"".join(c["source"]).partition("\n")[0]: "".join("".join(o.get("text", "")) for o in c["outputs"]) for c in checks}
+        assert len(said) >= 6
+        for line, answer in said.items():
+            assert answer.startswith(f"{line[7:-2]}: right"), f"{path.name}: {line} says {answer!r}"
+
+
 def test_ruff_finds_nothing(root):
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
