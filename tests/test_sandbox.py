@@ -708,6 +708,10 @@ def test_small_limits() -> None:
     server.stop()
 
 
+def test_namespaces_that_are_not_used_are_not_named() -> None:
+    assert "own root folder" not in confine.protection(namespaces=False)
+
+
 @needs_namespaces
 def test_protection_is_what_it_says() -> None:
     found = protection()

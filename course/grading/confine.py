@@ -279,7 +279,7 @@ def set_limits(limits: Limits) -> None:
             continue
 
 
-def protection() -> str:
+def protection(namespaces: bool = True) -> str:
     """In words, which protection this machine has for running the answers of students; tried in a process of its own."""
     if not hasattr(os, "fork"):
         return "none: grading needs Linux or macOS (on Windows: WSL)"
@@ -293,7 +293,7 @@ def protection() -> str:
         way, filtered = "", ""
     user = "another user, " if os.geteuid() == 0 else ""
     calls = ", filter of system calls" if filtered == "True" else ""
-    if way:
+    if way and namespaces:
         return "own root folder, processes and network, " + (user if way == "root" else "") + f"limits{calls}"
     network = "" if calls else ", and use the network"
     return f"{user}limits{calls} only: answers can read what everybody may read{network}"

@@ -107,7 +107,7 @@ def grade_all(files, masters, hidden, out: Path, limits: Limits, jobs: int, name
             artifacts.remove_leftovers(folder)
     server, begun = Server.start(), time.monotonic()
     os.environ[SERVER] = server.path
-    print(f"answers run with: {confine.protection()}" + ("" if namespaces else " (namespaces switched off)"), flush=True)
+    print(f"answers run with: {confine.protection(namespaces)}", flush=True)
     try:
         with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
             tasks = {pool.submit(grade_one, file, masters, hidden, students, limits, namespaces, again): file for file in files}
