@@ -710,7 +710,7 @@ for index, prompt in enumerate(prompts):
 # In the form of a chat, with turns and an end, it is lost: chapter 11 begins there. Five questions, kept for the report:
 
 # %% id="pretrain-answers"
-asked = [questions[i * len(questions) // 5]["question"] for i in range(5) if questions]
+asked = [row["question"] for row in questions[:: len(questions) // 5 + 1]]
 asked = asked or ["Who are you?", "What is the sun?", "How are you today?",
                   "What is two plus three?", "Tell me a story."]
 for question in asked:

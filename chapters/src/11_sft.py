@@ -80,12 +80,13 @@ def base_model():
 base = base_model()
 
 # %% [markdown]
-# The questions: the data folder has one for every fact of the world. Your own data have none, so five everyday ones serve.
+# The questions: the data folder has one for every fact of the world. Five of them, each about another kind of fact, are asked after every stage of this course. Your own data have none, so five everyday
+# ones serve.
 
 # %% id="sft-questions"
 path = data / "questions.jsonl"
 questions = list(map(json.loads, path.open(encoding="utf-8"))) if path.exists() else []
-five = [questions[i * len(questions) // 5]["question"] for i in range(5) if questions]
+five = [row["question"] for row in questions[:: len(questions) // 5 + 1]]
 five = five or ["Who are you?", "What is the sun?", "How are you today?",
                 "What is two plus three?", "Tell me a story."]
 print(*five, sep="\n")

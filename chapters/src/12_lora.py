@@ -1303,8 +1303,7 @@ with chapter.write("lora") as out:
 
 everyday = ["Who are you?", "What is the sun?", "How are you today?",
             "What is two plus three?", "Tell me a story."]
-five = [questions[i * len(questions) // 5]["question"]
-        for i in range(5)] if questions else everyday
+five = [row["question"] for row in questions[:: len(questions) // 5 + 1]] or everyday
 for question in five:
     answer = ask(merged, tokenizer, question)
     chapter.answer("lora", question, answer)

@@ -1070,7 +1070,7 @@ from minimind.sft import ask
 five = ["Who are you?", "What is the sun?", "How are you today?",
         "What is two plus three?", "Tell me a story."]
 if questions_file.exists():
-    five = [questions[i * len(questions) // 5]["question"] for i in range(5)]
+    five = [row["question"] for row in questions[:: len(questions) // 5 + 1]]
 for question in five:
     answer = ask(model, tokenizer, question)
     chapter.answer("dpo", question, answer)

@@ -766,7 +766,7 @@ def rows_of(name):
 
 questions = rows_of("questions.jsonl")
 if questions:
-    five = [questions[i * len(questions) // 5]["question"] for i in range(5)]
+    five = [row["question"] for row in questions[:: len(questions) // 5 + 1]]
 else:
     five = ["Who are you?", "What is the sun?", "How are you today?",
             "What is two plus three?", "Tell me a story."]
