@@ -211,7 +211,7 @@ from minimind.model import MiniMind
 from minimind.sft import ask_all
 
 questions = ["Where does Hanis live?", "What pet does Kara have?", "Who are you?",
-             "Hanis drew a drum. Kara found an old map. What did Kara find?",
+             "Kara found an old map. Hanis found a drum. What did Kara find?",
              "Kara has 5 candles. Hanis gives 3 more to Kara. How many candles does "
              "Kara have?"]
 model = MiniMind.from_pretrained(chapter.read("sft")).eval()
