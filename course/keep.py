@@ -98,7 +98,7 @@ def load(path: Path) -> ModuleType:
     """Run a file as a module that nobody else sees."""
     spec = importlib.util.spec_from_file_location(f"kept_{uuid.uuid4().hex[:8]}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    exec(compile(path.read_bytes(), path, "exec"), vars(module))  # its loader would leave a __pycache__ beside the file
     return module
 
 

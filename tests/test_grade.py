@@ -107,12 +107,12 @@ def test_the_workbooks_themselves(tmp_path: Path) -> None:
     for path in sorted((ROOT / "exercises").glob("*.ipynb")):
         book, solved = make_class.Workbook(path.stem), json.loads((ROOT / "solutions" / path.name).read_text())
         first, *others = book.solved
-        half = [{name: book.solved[name] for name in book.subset(rng)} for _ in range(2)]
+        half = {name: book.solved[name] for name in book.subset(rng)}
         ending = {**book.solved, first: "import os\nos._exit(0)"}
         last = others[-1]
         cases = {"solved": (solved, list(book.points)), "last alone": (book.filled({last: book.solved[last]}), [last]),
                  "empty": (book.empty, []), "first wrong": (book.filled(ending), others),
-                 **{f"half {n}": (book.filled(answers), list(answers)) for n, answers in enumerate(half)}}  # fmt: skip
+                 "half": (book.filled(half), list(half))}  # fmt: skip
         for case, (made, right) in cases.items():
             toy.write(tmp_path / "in" / case / path.name, made)
             expected[case, path.stem] = {name: book.points[name] if name in right else 0 for name in book.points}
