@@ -208,7 +208,7 @@ show(fig, "Probability of each expert for six tokens; the star marks the expert 
 # The winner's output is multiplied by its probability. This is not decoration: choosing is a step function without a gradient, so the
 # probability in the product is the only way in which the loss can tell the router that a choice was good.
 #
-# With k > 1 the k probabilities can be rescaled to sum to 1 (`norm_topk_prob`). Remember this switch; it returns under "where it breaks".
+# With k > 1 the k probabilities can be rescaled to sum to 1 (`norm_topk_prob`). Remember this switch; it returns in section 6.11.
 
 # %% id="moe-route"
 #| export

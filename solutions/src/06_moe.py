@@ -30,7 +30,7 @@ from torch import Tensor, nn
 # `down_proj`. The first two lead from C to I, the last one back:
 # $$\text{SwiGLU}(x) = W_\text{down}\,
 # \big(\text{silu}(W_\text{gate}\,x) \odot W_\text{up}\,x\big)$$
-# (Section 6.2.)
+# (Chapter section 6.2.)
 #
 # <details><summary>Hint 1: the parts</summary>
 #
