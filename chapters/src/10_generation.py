@@ -388,8 +388,9 @@ show(fig, "Top-k keeps 20 everywhere; top-p and min-p keep one token where the m
 
 # %% id="generate-candidates-check"
 assert (counts["top-k 20"] >= 20).all()
-for name in ("top-p 0.9", "min-p 0.1"):
-    assert counts[name].min() < counts[name].max()
+if chapter.max_steps is None:  # after two steps a model is equally unsure everywhere
+    for name in ("top-p 0.9", "min-p 0.1"):
+        assert counts[name].min() < counts[name].max()
 
 # %% [markdown]
 # **Exercise 10.9 (20 min, ★★★): `keep_typical`** in [workbook 10](../exercises/10_generation.ipynb). A cut that may drop the best token: what stays is about as surprising
