@@ -1,10 +1,12 @@
-"""`python -m course bench`: three training loops on the same model and text, side by side in one run.
+"""`python -m course bench`: training loops on the same model and text, side by side in one run.
 
-- ours: packed, memory-mapped tokens, bf16 where the machine has it, fused AdamW (`minimind.train`)
+- ours: packed, memory-mapped tokens, bf16 where the machine has it, fused AdamW, compiled where there is a C++ compiler
+  (`minimind.train`); the time of compiling does not count, as in any long run
+- uncompiled: ours without `torch.compile`
 - plain: the loop of this field's tutorials: float32, one padded row per document, tokenised in `__getitem__`
 - trainer: Hugging Face `Trainer` in its best plain setting: bf16, packed rows, fused AdamW, the same batch
 
-The speed is real tokens per second: padding does not count, and neither do the first (warm-up) steps. The three
+The speed is real tokens per second: padding does not count, and neither do the first (warm-up) steps. The loops
 take turns, so that noise of the machine meets all of them, and each figure is the median over the rounds.
 """
 import argparse
@@ -20,7 +22,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-HELP = "train the same model with three loops and compare their speed"
+HELP = "train the same model with our loop and with others and compare their speed"
 EXAMPLE = "example: python -m course bench --models tiny --steps 8 --out bench.json"
 PEAK_FLOPS = {  # dense bf16/fp16 FLOP/s from the makers' data sheets (NVIDIA 2018 to 2024)
     "H200": 989e12, "H100": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12, "L4": 121e12, "T4": 65e12,
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `course bench`."""
     parser.add_argument("--models", default="tiny,minimind2-small", help="presets, comma-separated (default: %(default)s)")
     parser.add_argument("--text", default="pretrain,chat", help="kinds of text: pretrain, chat or both (default: both)")
-    parser.add_argument("--loops", default="ours,plain,trainer", help="which loops (default: all three)")
+    parser.add_argument("--loops", default="ours,uncompiled,plain,trainer", help="which loops (default: all four)")
     parser.add_argument("--steps", type=int, default=6, help="timed steps in each round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds; the loops take turns (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="rows in a batch (default: %(default)s)")
@@ -98,7 +100,7 @@ def as_chat(tokenizer, length: int):
     return encode
 
 
-# -- the three loops: each takes the same batches' worth of text and returns (seconds, real tokens) -----------
+# -- the loops: each takes the same batches' worth of text and returns (seconds, real tokens) -----------
 
 
 class Stopwatch:
@@ -124,13 +126,18 @@ def now(device: torch.device) -> float:
 
 
 def ours(model, task: "Task", args, device) -> tuple[float, int]:
+    """`uncompiled`, and compiled where there is a compiler."""
+    return uncompiled(model, task, args, device, compile=args.compile)
+
+
+def uncompiled(model, task: "Task", args, device, compile: bool = False) -> tuple[float, int]:
     """`minimind.train.train` on packed batches."""
     from minimind.pretrain import pretrain_loss
     from minimind.sft import sft_loss
     from minimind.train import TrainConfig, train
 
     watch = Stopwatch(task.packed, WARMUP, device)
-    config = TrainConfig(steps=WARMUP + args.steps, learning_rate=3e-4, log_every=10_000)
+    config = TrainConfig(steps=WARMUP + args.steps, learning_rate=3e-4, log_every=10_000, compile=compile)
     train(model, watch, sft_loss if task.chat else pretrain_loss, config)
     return watch.seconds(), task.packed_tokens(args.steps)
 
@@ -151,7 +158,7 @@ def plain(model, task: "Task", args, device) -> tuple[float, int]:
 
 
 class Successive:
-    """A DataLoader addressed by step, so that one stopwatch serves all three loops."""
+    """A DataLoader addressed by step, so that one stopwatch serves all loops."""
 
     def __init__(self, loader: DataLoader):
         self.iterator = iter(loader)
@@ -189,7 +196,7 @@ def trainer(model, task: "Task", args, device) -> tuple[float, int]:
     return Clock.seconds, task.packed_tokens(args.steps)
 
 
-LOOPS = {"ours": ours, "plain": plain, "trainer": trainer}
+LOOPS = {"ours": ours, "uncompiled": uncompiled, "plain": plain, "trainer": trainer}
 WARMUP = 2
 
 
@@ -271,15 +278,20 @@ def measure(name: str, kind: str, config, folder: str, args: argparse.Namespace)
 
 def bench(args: argparse.Namespace) -> dict:
     """Run every loop `args.rounds` times in turn; tokens per second, ratios and, on a known GPU, the share of its peak."""
-    from course.machine import describe
+    from course.machine import compiler, describe
     from minimind.model import ModelConfig, flops_per_token
     from minimind.tokenizer import Tokenizer
     from minimind.train import pick_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.bf16 = pick_precision(device, "auto")[0] is torch.bfloat16
+    args.compile, loops = compiler() is not None, args.loops.split(",")
+    if not args.compile:
+        print("no C++ compiler: ours is not compiled")
+        loops = [name for name in loops if name != "uncompiled" or "ours" not in loops]
     texts, chats = load_text(args.data)
-    result = {"machine": describe(), "bf16": args.bf16, "batch": args.batch, "steps": args.steps, "rounds": args.rounds, "rows": []}
+    settings = {"bf16": args.bf16, "compiled": args.compile, "batch": args.batch, "steps": args.steps, "rounds": args.rounds}
+    result = {"machine": describe(), **settings, "rows": []}
     for preset in args.models.split(","):
         vocabulary = ModelConfig.preset(preset).vocab_size
         tokenizer = Tokenizer.train([*texts[:4000], *(m["content"] for c in chats[:4000] for m in c)], vocabulary)
@@ -287,7 +299,7 @@ def bench(args: argparse.Namespace) -> dict:
         for kind in args.text.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 tokenizer.save_pretrained(Path(folder) / "tokenizer")
-                speeds = {name: [] for name in args.loops.split(",")}
+                speeds = {name: [] for name in loops}
                 for _ in range(args.rounds):
                     for name in speeds:
                         speed, length, fill = alone(measure, name, kind, config, folder, args)

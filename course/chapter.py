@@ -19,6 +19,7 @@ from course.profile import Profile, Sizes, load, load_file
 STAGES = {  # who makes an artifact: needed to say which command is missing
     "data": 1, "tokenizer": 2, "pretrain": 9, "sft": 11, "lora": 12, "dpo": 13, "distill": 14,
 }  # fmt: skip
+EVERYDAY = ["Who are you?", "What is the sun?", "How are you today?", "What is two plus three?", "Tell me a story."]
 CJK_FONTS = (
     "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "WenQuanYi Micro Hei",
     "WenQuanYi Zen Hei", "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",
@@ -113,6 +114,10 @@ class Chapter:
         kept = points[::step] if not points or points[-1] == points[::step][-1] else [*points[::step], points[-1]]
         line = {"chapter": self.name, "x": [a for a, _ in kept], "y": [b for _, b in kept], "x_label": x_label, "y_label": y_label}
         artifacts.update_json(self.run / "curves.json", lambda curves: curves.update({name: line}))
+
+    def five_questions(self, questions: Sequence[dict]) -> list[str]:
+        """What is asked after every stage: five of the data's `questions`, spread over people and kinds of fact; without any, everyday ones."""
+        return [row["question"] for row in questions[:: len(questions) // 5 + 1]] or EVERYDAY
 
     def answer(self, stage: str, question: str, answer: str) -> None:
         """Keep what the model answered after `stage` ("pretrain", "sft"), for the report."""

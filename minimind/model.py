@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .attention import MATRICES_UP_TO, Attention, causal_mask
+from .attention import BLOCK, MATRICES_UP_TO, Attention, causal_mask
 from .moe import MoE, SwiGLU, load_balancing_loss
 from .rope import apply_rope, rope_cos_sin, rope_frequencies
 
@@ -313,8 +313,8 @@ def activation_bytes(config: ModelConfig, number: int, norm: int,
                      table: int = 0) -> int:
     """Bytes that autograd keeps for one token.
 
-    `number` a value, `norm` a value that goes through a norm; `table`: positions in the
-    table of shares that each head keeps, 0 with the fused kernel.
+    `number` a value, `norm` a value that goes through a norm; `table`: mean length of a
+    row in the table of shares that each head keeps, 0 with the fused kernel.
     """
     C, V, H = config.hidden_size, config.vocab_size, config.num_attention_heads
     q, k = H * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -347,7 +347,9 @@ def training_memory(
     parameters = 4 * count_parameters(config)
     copies = 0 if number == 4 else 2 * matmul_parameters(config, config.num_experts)
     norm = 8 if device == "cpu" else number
-    table = T if device == "cpu" and precision == "bf16" and T <= MATRICES_UP_TO else 0
+    matrices = device == "cpu" and precision == "bf16" and T <= MATRICES_UP_TO
+    keys = [min(query // BLOCK * BLOCK + BLOCK, T) for query in range(T)]  # of a query
+    table = sum(keys) // T if matrices else 0
     kept = activation_bytes(config, number, norm, table)
     memory = {
         "parameters": parameters,

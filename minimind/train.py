@@ -331,12 +331,13 @@ def train(
         keep_memory()
     if resume and folder and (Path(folder) / "checkpoint.pt").exists():
         restore(run, load_checkpoint(folder))
-    fast = torch.compile(model) if config.compile else model
+    # with the loss, whose float32 table over all tokens is a large part of a small step
+    fast = torch.compile(loss_fn) if config.compile else loss_fn
     last = min(config.steps, max_steps or config.steps)
     due = lambda every: run.step == last or (every > 0 and run.step % every == 0)
     model.train()
     while run.step < last:
-        train_step(run, fast, batches, loss_fn)
+        train_step(run, model, batches, fast)
         if due(config.log_every):
             write_log(run)
             if on_log:

@@ -14,6 +14,7 @@ from minimind.attention import (
     MATRICES_UP_TO,
     Attention,
     attention,
+    attention_in_blocks,
     attention_weights,
     causal_mask,
     grouped_attention,
@@ -239,6 +240,22 @@ def test_a_row_that_may_look_nowhere_spoils_no_gradient():
         assert tensor.isfinite().all()
 
 
+@pytest.mark.parametrize("T", [1, 6, 12, 14])
+@pytest.mark.parametrize("mask", ["causal", "own"])
+def test_blocks_change_nothing(T, mask, monkeypatch):
+    """Blocks of 6: less than one, one, two, and two with a rest."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, T, 8), torch.randn(2, 2, T, 8), torch.randn(2, 2, T, 8)
+    allowed = causal_mask(T) if mask == "causal" else causal_mask(T) & (torch.rand(2, 1, T, T) > 0.5) | torch.eye(T, dtype=torch.bool)
+    whole = value_and_gradients(lambda *qkv: grouped_attention(*qkv, allowed), q, k, v)
+    monkeypatch.setattr(module, "BLOCK", 6)
+    keys = []
+    monkeypatch.setattr(module, "grouped_attention", lambda q, k, v, m: keys.append(k.shape[2]) or grouped_attention(q, k, v, m))
+    for a, b in zip(value_and_gradients(lambda *qkv: attention_in_blocks(*qkv, allowed), q, k, v), whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert keys == [min(end, T) for end in range(6, T + 6, 6)], "a block reads no key behind it"
+
+
 def test_when_the_matrices_are_taken():
     short, long = torch.randn(1, 2, 8, 4), torch.randn(1, 2, MATRICES_UP_TO + 1, 4)
     low = short.bfloat16()
@@ -265,7 +282,7 @@ def test_the_layer_gives_the_same_by_both_ways(mask, monkeypatch):
         return y.detach().float(), *torch.autograd.grad(y.float().square().sum(), list(layer.parameters()))
 
     taken = []
-    monkeypatch.setattr(module, "grouped_attention", lambda *a: taken.append(1) or grouped_attention(*a))
+    monkeypatch.setattr(module, "attention_in_blocks", lambda *a: taken.append(1) or attention_in_blocks(*a))
     ours = gradients()
     monkeypatch.setattr(module, "matrices_are_faster", lambda q, k: False)
     kernel = gradients()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from course import bench
+from minimind.model import MiniMind, ModelConfig
 from minimind.sft import chat_example
 from minimind.tokenizer import Tokenizer
 from minimind.world import World
@@ -68,13 +69,16 @@ def test_the_model_sees_the_same_text_in_rows_for_trainer(tokenizer, tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_one_small_run(folder, tmp_path, capsys):
+def test_one_small_run(folder, tmp_path, capsys, monkeypatch):
+    """As on a machine without a compiler: compiling twice would take most of the time."""
+    monkeypatch.setattr("course.machine.compiler", lambda: None)
     out = tmp_path / "bench.json"
-    args = arguments("--models", "tiny", "--text", "pretrain,chat", "--loops", "ours,plain,trainer", "--steps", "1", "--rounds", "1",
+    args = arguments("--models", "tiny", "--text", "pretrain,chat", "--loops", "ours,uncompiled,plain,trainer", "--steps", "1", "--rounds", "1",
                      "--batch", "2", "--row", "64", "--chat-row", "256", "--data", str(folder), "--out", str(out))
     assert bench.main(args) == 0
     printed, result = capsys.readouterr().out, json.loads(out.read_text())
     assert [(row["model"], row["text"]) for row in result["rows"]] == [("tiny", "pretrain"), ("tiny", "chat")]
+    assert result["compiled"] is False and "no C++ compiler" in printed
     for row in result["rows"]:
         speed = row["tokens_per_second"]
         assert set(speed) == {"ours", "plain", "trainer"} and min(speed.values()) > 0
@@ -85,6 +89,19 @@ def test_one_small_run(folder, tmp_path, capsys):
     # Three quarters of the plain loop's work is padding: this ratio holds on any machine.
     assert result["rows"][1]["ratio"]["plain"] > 1.5
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_ours_is_compiled_where_that_can_be(can, tokenizer, tmp_path, monkeypatch):
+    args, compiled = arguments("--batch", "2", "--row", "16", "--steps", "1"), []
+    args.compile = can
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function.__name__) or function)
+    task = bench.Task("pretrain", list(World(people=10, seed=1).documents(40)), tokenizer, args, torch.device("cpu"), tmp_path)
+    model = MiniMind(ModelConfig.preset("tiny", num_hidden_layers=1))
+    for loop in (bench.uncompiled, bench.ours):
+        seconds, tokens = loop(model, task, args, torch.device("cpu"))
+        assert seconds > 0 and tokens == 2 * 16
+    assert compiled == (["pretrain_loss"] if can else []), "model and loss as one, and `uncompiled` never"
 
 
 @pytest.mark.parametrize("words, named", [(("--loops", "ours,magic"), "magic"), (("--text", "poems"), "poems"), (("--models", "huge"), "huge")])

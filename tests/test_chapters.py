@@ -252,6 +252,10 @@ def test_curves_and_answers_are_kept_for_the_report(home):
     chapter.answer("pretrain", "Who?", "Kalo")
     chapter.answer("sft", "Who?", "Garus")
     assert json.loads((chapter.run / "answers.json").read_text()) == {"pretrain": {"Who?": "Kalo"}, "sft": {"Who?": "Garus"}}
+    rows = [{"question": f"{kind} of {person}?"} for person in range(40) for kind in ("home", "work", "food", "pet", "colour")]
+    five = chapter.five_questions(rows)
+    assert len(five) == 5 == len({q.split()[0] for q in five}) == len({q.split()[-1] for q in five}), "five kinds, five people"
+    assert len(chapter.five_questions([])) == 5, "without questions, everyday ones"
 
 
 def test_a_profile_asks_for_more_than_the_machine_has(home, capsys):

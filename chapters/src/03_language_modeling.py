@@ -102,8 +102,10 @@ try:
 
     choice, lines = Dropdown(options=[c for c in alphabet if c.isalpha()],
                              description="letter"), HTML()
-    # noqa: E731
-    fill = lambda _: setattr(lines, "value", f"<pre>{row_of(choice.value)}</pre>")
+
+    def fill(_):
+        lines.value = f"<pre>{row_of(choice.value)}</pre>"
+
     choice.observe(fill, "value")
     fill(None)
     display(VBox([choice, lines]))
@@ -573,8 +575,8 @@ def ngram_probabilities(train: np.ndarray, test: np.ndarray,
 small, context = train_ids[:2000].numpy(), train_ids[100:102].tolist()
 known = np.unique(small)
 new = np.setdiff1d(np.arange(V), known)  # all of these get the same probability
-# noqa: E731
-p_of = lambda w: ngram_probabilities(small, np.array([*context, w]), 3)[2][-1]
+def p_of(w):
+    return ngram_probabilities(small, np.array([*context, w]), 3)[2][-1]
 assert abs(sum(p_of(w) for w in known) + len(new) * p_of(new[0]) - 1) < 1e-9
 
 # %% [markdown]

@@ -383,7 +383,8 @@ assert torch.allclose(attention(q4, k2, v2), torch.cat(one_by_one, dim=1), atol=
 
 # %% [markdown]
 # Repeating copies numbers for nothing. The queries that share a head can stand in one tall matrix instead: $H/K \cdot T$ rows, one
-# product with the keys, one with the values.
+# product with the keys, one with the values. The mask becomes numbers to add, 0 or the lowest there is: one small table serves
+# all heads, where filling would go through the scores of each.
 
 # %% id="attention-grouped"
 #| export
@@ -398,7 +399,9 @@ def grouped_attention(
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     rows = (q / math.sqrt(D)).reshape(B, K, -1, D)  # (B, K, H/K * T, D)
     scores = (rows @ k.transpose(-2, -1)).view(B, H, T, S)
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    lowest = torch.finfo(scores.dtype).min
+    hidden = scores.new_zeros(attention_mask.shape).masked_fill(~attention_mask, lowest)
+    scores = scores + hidden
     return (scores.softmax(dim=-1).view(B, K, -1, S) @ v).view(B, H, T, D)
 
 # %% id="attention-grouped-check"
@@ -487,10 +490,33 @@ MATRICES_UP_TO = 512  # positions up to which two matrix products beat the fused
 
 
 def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether to train with `grouped_attention`: processor, 16 bits, short rows."""
+    """Whether to train with matrices: on a processor, in 16 bits, with short rows."""
     low = torch.is_autocast_enabled("cpu") or q.dtype == torch.bfloat16
     short = 1 < q.shape[2] == k.shape[2] <= MATRICES_UP_TO
     return low and short and q.device.type == "cpu" and torch.is_grad_enabled()
+
+# %% [markdown]
+# With matrices, half of the table lies above the diagonal and is computed only to be hidden. Take the queries in blocks, and give each block no keys beyond its own end: of two blocks the first
+# needs half a row, of many blocks nearly half of the table is never made.
+
+# %% id="attention-in-blocks"
+#| export
+BLOCK = 256  # queries in a block
+
+
+def attention_in_blocks(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """`grouped_attention` in blocks of queries, without the keys behind each block.
+
+    Shapes as there, with as many keys as queries; the mask (..., T, T) must include
+    causality.
+    """
+    ends = range(BLOCK, q.shape[2] + BLOCK, BLOCK)
+    return torch.cat([grouped_attention(q[:, :, end - BLOCK : end], k[:, :, :end],
+                                        v[:, :, :end],
+                                        attention_mask[..., end - BLOCK : end, :end])
+                      for end in ends], dim=2)  # fmt: skip
 
 # %% [markdown]
 # A third door, `kv_cache`, hands back the keys and values of all positions so far (chapter 10).
@@ -517,7 +543,7 @@ class Attention(Projections):
             # is_causal counts from the first key
             attention_mask = causal_mask(T, S, device=x.device)
         if by_matrices:
-            y = grouped_attention(q, k, v, attention_mask)
+            y = attention_in_blocks(q, k, v, attention_mask)
         else:
             causal = attention_mask is None and T > 1
             y = F.scaled_dot_product_attention(q, k, v, attention_mask,
@@ -702,16 +728,16 @@ for name in kinds if sys.platform == "linux" else ():
 # ### Where matrices win
 #
 # The kernel was made for GPUs and for long texts. **Predict:** on a processor, in 16-bit numbers and rows of 256 positions, is it still
-# the faster one? The contender is `grouped_attention` of 4.6: two large matrix products and a softmax.
+# the faster one? The contender is `grouped_attention` of 4.6 in the blocks of 4.7: large matrix products and a softmax.
 
 # %% id="attention-short-rows"
-from minimind.attention import grouped_attention as matrices
+from minimind.attention import attention_in_blocks as matrices
 
 def fused_gqa(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 def times_faster(T, dtype, heads=8, groups=2):
-    """Time of the fused kernel over that of `grouped_attention`, both ways."""
+    """Time of the fused kernel over that of the matrices, both ways."""
     q, k, v = (torch.randn(4, n, T, 64, dtype=dtype, requires_grad=True)
                for n in (heads, groups, groups))
     by_matrices = lambda q, k, v: matrices(q, k, v, causal_mask(T))

@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minimind.attention import MATRICES_UP_TO, Attention, causal_mask
+from minimind.attention import BLOCK, MATRICES_UP_TO, Attention, causal_mask
 from minimind.moe import MoE, SwiGLU, load_balancing_loss
 from minimind.rope import apply_rope, rope_cos_sin, rope_frequencies
 
@@ -748,7 +748,7 @@ show(fig, "Share of all operations that attention scores take: half of all work 
 # A training step holds five things. Parameters, their gradients and Adam's two averages are 4 + 4 + 8 = 16 bytes for each parameter in float32. The fourth is **activations**: what the forward pass keeps because backward will need it. The fifth is short but large: the loss works on B × T × V
 # float32 numbers, and at its peak their gradient exists twice.
 #
-# What is kept can be read off the formulas. A product keeps its input. $a \odot b$ keeps both. The fused attention keeps q, k, v, its output and one number for each row, and never the T × T scores. Where chapter 4.8 found two matrix products faster (a processor, 16 bits, short rows), each head keeps its T × T shares.
+# What is kept can be read off the formulas. A product keeps its input. $a \odot b$ keeps both. The fused attention keeps q, k, v, its output and one number for each row, and never the T × T scores. Where chapter 4.8 found two matrix products faster (a processor, 16 bits, short rows), each head keeps its shares: T × T of them in one block, fewer in several.
 
 # %% id="model-activations"
 #| export
@@ -756,8 +756,8 @@ def activation_bytes(config: ModelConfig, number: int, norm: int,
                      table: int = 0) -> int:
     """Bytes that autograd keeps for one token.
 
-    `number` a value, `norm` a value that goes through a norm; `table`: positions in the
-    table of shares that each head keeps, 0 with the fused kernel.
+    `number` a value, `norm` a value that goes through a norm; `table`: mean length of a
+    row in the table of shares that each head keeps, 0 with the fused kernel.
     """
     C, V, H = config.hidden_size, config.vocab_size, config.num_attention_heads
     q, k = H * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -795,7 +795,9 @@ def training_memory(
     parameters = 4 * count_parameters(config)
     copies = 0 if number == 4 else 2 * matmul_parameters(config, config.num_experts)
     norm = 8 if device == "cpu" else number
-    table = T if device == "cpu" and precision == "bf16" and T <= MATRICES_UP_TO else 0
+    matrices = device == "cpu" and precision == "bf16" and T <= MATRICES_UP_TO
+    keys = [min(query // BLOCK * BLOCK + BLOCK, T) for query in range(T)]  # of a query
+    table = sum(keys) // T if matrices else 0
     kept = activation_bytes(config, number, norm, table)
     memory = {
         "parameters": parameters,

@@ -86,9 +86,7 @@ base = base_model()
 # %% id="sft-questions"
 path = data / "questions.jsonl"
 questions = list(map(json.loads, path.open(encoding="utf-8"))) if path.exists() else []
-five = [row["question"] for row in questions[:: len(questions) // 5 + 1]]
-five = five or ["Who are you?", "What is the sun?", "How are you today?",
-                "What is two plus three?", "Tell me a story."]
+five = chapter.five_questions(questions)
 print(*five, sep="\n")
 
 # %% [markdown]

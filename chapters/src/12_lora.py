@@ -1301,10 +1301,7 @@ with chapter.write("lora") as out:
     tokenizer.save_pretrained(out)
     save_adapter(village, out / "adapter")
 
-everyday = ["Who are you?", "What is the sun?", "How are you today?",
-            "What is two plus three?", "Tell me a story."]
-five = [row["question"] for row in questions[:: len(questions) // 5 + 1]] or everyday
-for question in five:
+for question in chapter.five_questions(questions):
     answer = ask(merged, tokenizer, question)
     chapter.answer("lora", question, answer)
     print(f"{question}\n    {answer!r}")

@@ -1067,10 +1067,7 @@ for name, value in values.items():
 # %% id="dpo-five-questions"
 from minimind.sft import ask
 
-five = ["Who are you?", "What is the sun?", "How are you today?",
-        "What is two plus three?", "Tell me a story."]
-if questions_file.exists():
-    five = [row["question"] for row in questions[:: len(questions) // 5 + 1]]
+five = chapter.five_questions(questions if questions_file.exists() else [])
 for question in five:
     answer = ask(model, tokenizer, question)
     chapter.answer("dpo", question, answer)

@@ -765,11 +765,7 @@ def rows_of(name):
             for line in path.open(encoding="utf-8")] if path.exists() else []
 
 questions = rows_of("questions.jsonl")
-if questions:
-    five = [row["question"] for row in questions[:: len(questions) // 5 + 1]]
-else:
-    five = ["Who are you?", "What is the sun?", "How are you today?",
-            "What is two plus three?", "Tell me a story."]
+five = chapter.five_questions(questions)
 print(five)
 
 # %% [markdown]
