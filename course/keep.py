@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import builtins
 import importlib
-import importlib.util
 import inspect
 import linecache
 import os
@@ -96,9 +95,9 @@ def verify(path: Path, desk, right: list[core.Check]) -> None:
 
 def load(path: Path) -> ModuleType:
     """Run a file as a module that nobody else sees."""
-    spec = importlib.util.spec_from_file_location(f"kept_{uuid.uuid4().hex[:8]}", path)
-    module = importlib.util.module_from_spec(spec)
-    exec(compile(path.read_bytes(), path, "exec"), vars(module))  # its loader would leave a __pycache__ beside the file
+    module = ModuleType(f"kept_{uuid.uuid4().hex[:8]}")
+    module.__file__ = str(path)
+    exec(compile(path.read_bytes(), path, "exec"), vars(module))  # a plain import would leave a __pycache__ beside the file
     return module
 
 

@@ -496,8 +496,8 @@ def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
     return low and short and q.device.type == "cpu" and torch.is_grad_enabled()
 
 # %% [markdown]
-# With matrices, half of the table lies above the diagonal and is computed only to be hidden. Take the queries in blocks, and give each block no keys beyond its own end: of two blocks the first
-# needs half a row, of many blocks nearly half of the table is never made.
+# With matrices, half of the table lies above the diagonal and is computed only to be hidden. Take the queries in blocks, and give each block no keys beyond its own end: with two blocks a
+# quarter of the table is never made, with many nearly half.
 
 # %% id="attention-in-blocks"
 #| export
@@ -777,9 +777,9 @@ ax.set_yticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
 ax.minorticks_off()
 if faster_by:
     ax.legend()
-show(fig, "Above the line two matrix products are faster than the fused kernel: on a "
-          "processor that is so in 16-bit numbers and short rows, and not in float32 "
-          "or at 1,024 positions.")
+show(fig, "Above the line the matrices are faster than the fused kernel: on a processor "
+          "that is so in 16-bit numbers and short rows. In float32, and at 1,024 "
+          "positions, they gain little or nothing.")
 
 # %% [markdown]
 # The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `MATRICES_UP_TO`

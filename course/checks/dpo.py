@@ -17,7 +17,7 @@ BAD = [FACT["reply"], "It was a good day.", f"{GOOD[0]} {FRIENDLY[1]}"]
 NO_GRADIENT = "no gradient gets through; leave detach, .data, numpy, item and no_grad out of the loss"
 
 
-def number(value: object, name: str, given: str) -> float:
+def one_number(value: object, name: str, given: str) -> float:
     """A metric as a Python number."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
@@ -384,7 +384,7 @@ def _metrics(result, given: str) -> tuple[torch.Tensor, float, float]:
     shaped(loss, (), given, torch.float32, "the loss is one number, the mean over the pairs")
     if not {"margin", "accuracy"} <= set(metrics):
         fail("the metrics are margin and accuracy", given, ["accuracy", "margin"], sorted(metrics))
-    return loss, *(number(metrics[name], name, given) for name in ("margin", "accuracy"))
+    return loss, *(one_number(metrics[name], name, given) for name in ("margin", "accuracy"))
 
 
 def _loss_by_hand(dpo_loss, given: str) -> None:

@@ -15,7 +15,7 @@ MODULE = "metrics"
 P = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.6, 0.3], [0.2, 0.2, 0.6]])  # rows sum to one
 
 
-def number(value: object, wanted: float, given: str, mistake: str, likely: dict[str, float | tuple] | None = None, tolerance: float = 1e-4) -> None:
+def close(value: object, wanted: float, given: str, mistake: str, likely: dict[str, float | tuple] | None = None, tolerance: float = 1e-4) -> None:
     """A plain number equals the expected one; else the mistake whose result it is is named."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         what = "it returns nothing; is there a `return`?" if value is None else "return a plain number; `.item()` makes one of a tensor"
@@ -113,14 +113,14 @@ def _ignored(cross_entropy, logits, s) -> None:
 @exercise("bits_per_byte", keeps=["perplexity", "bits_per_byte"])
 def check_bits_per_byte(perplexity, bits_per_byte):
     for nats, wanted in ((math.log(10), 10.0), (0.0, 1.0), (2.5, 12.1825)):
-        number(perplexity(nats), wanted, f"perplexity({nats:.4g})", "perplexity is e to the nats", {
+        close(perplexity(nats), wanted, f"perplexity({nats:.4g})", "perplexity is e to the nats", {
             "this is 2 to the nats; nats belong to e": 2**nats,
             "the sign is wrong: more surprise means a larger perplexity": math.exp(-nats),
             "perplexity is e to the nats, not the nats": nats,
         })  # fmt: skip
     for bits, size in ((8, 1), (10, 4), (3, 12)):
         nats = bits * math.log(2)
-        number(bits_per_byte(nats, size), bits / size, f"bits_per_byte({bits} * ln 2, {size}): {bits} bits over {size} byte(s)",
+        close(bits_per_byte(nats, size), bits / size, f"bits_per_byte({bits} * ln 2, {size}): {bits} bits over {size} byte(s)",
                "it is not the nats in bits, over the bytes", {
             "multiply and divide are swapped: a nat is 1 / ln 2 = 1.44 bits": nats * math.log(2) / size,
             "these are nats per byte: divide by ln 2": nats / size,
@@ -191,7 +191,7 @@ def check_total_nats(total_nats):
     before = tokens.clone()
     s = -table[tokens[:-1], tokens[1:]]
     given = "seven ids [0, 1, 2, 0, 1, 2, 2], context = 4, batch_size = 2, and a table of p(next | this); six tokens are predicted"
-    number(total_nats(lambda ids: table[ids], tokens, 4, 2, None), s.sum().item(), given, "it is not the sum of the six surprises", {
+    close(total_nats(lambda ids: table[ids], tokens, 4, 2, None), s.sum().item(), given, "it is not the sum of the six surprises", {
         "this is the mean; the sum was asked for": s.mean(),
         "the end of the text is lost: the last window is shorter, and must count": s[:4].sum(),
         "the means of the batches are added; multiply each by its number of labels": s[:4].mean() + s[4:].mean(),
@@ -220,7 +220,7 @@ def check_total_nats(total_nats):
         got = total_nats(running(7, seen), tokens, context, batch_size, None)
         _fed(seen, length, context, batch_size, given)
         words = "the windows do not begin at 0, context, 2 * context and so on"
-        number(got, by_token(running(7), tokens, context), f"{given}, a model that uses its whole window", words)
+        close(got, by_token(running(7), tokens, context), f"{given}, a model that uses its whole window", words)
     _amp(lambda model, tokens, amp: total_nats(model, tokens, 6, 2, amp))
 
 
@@ -254,12 +254,12 @@ def _amp(function) -> None:
 
     full, short = nats(False), nats(True)
     words = "amp must only change the type in which the model runs"
-    number(function(model, tokens, None), full, "a small network, 21 ids, amp = None", words, {"autocast runs although amp is None": short}, 1e-5)
+    close(function(model, tokens, None), full, "a small network, 21 ids, amp = None", words, {"autocast runs although amp is None": short}, 1e-5)
     got = function(model, tokens, torch.bfloat16)
     given = "a small network, 21 ids, amp = torch.bfloat16"
     if abs(got - full) < abs(short - full) / 4:
         fail("amp is not used: the model runs in float32", given, float(f"{short:.6g}"), float(f"{got:.6g}"))
-    number(got, short, given, words, tolerance=2e-3)
+    close(got, short, given, words, tolerance=2e-3)
 
 
 @exercise("evaluate_bits_per_byte", after=["total_nats", "bits_per_byte"], keeps=["evaluate_bits_per_byte"])
@@ -270,7 +270,7 @@ def check_evaluate(evaluate_bits_per_byte):
     given = "ids [3, 1, 0, 2, 4, 1, 1], lengths [0, 3, 2, 5, 1], a table of logits; the predicted tokens have 12 bytes"
     got = evaluate_bits_per_byte(lambda ids: table[ids], tokens, sizes)
     bits = nats / math.log(2)
-    number(got, bits / 12, given, "it is not the surprise in bits, over the bytes of the predicted tokens", {
+    close(got, bits / 12, given, "it is not the surprise in bits, over the bytes of the predicted tokens", {
         "the bytes of the first token are counted; it is not predicted": bits / 17,
         "the bytes of the inputs are counted; count those of the labels": bits / 14,
         "these are nats per byte; make bits of them": nats / 12,
@@ -302,11 +302,11 @@ def _streams(evaluate_bits_per_byte) -> None:
         ("a numpy array of uint16", few.numpy().astype(np.uint16)),
         ("a numpy array of int32", few.numpy().astype(np.int32)),
     ):
-        number(evaluate_bits_per_byte(running(7), some, sizes), wanted(256, few), f"20 ids as {kind}", "right for a tensor of int64, and not here")
+        close(evaluate_bits_per_byte(running(7), some, sizes), wanted(256, few), f"20 ids as {kind}", "right for a tensor of int64, and not here")
     seen: list = []
     got = evaluate_bits_per_byte(running(7, seen), ids, sizes, context=5, batch_size=3)
     likely = {"context is not handed on": wanted(256), "context and batch_size are swapped": wanted(3)}
-    number(got, wanted(5), "40 ids, context = 5, batch_size = 3", "with a short context it is wrong", likely)
+    close(got, wanted(5), "40 ids, context = 5, batch_size = 3", "with a short context it is wrong", likely)
     if max(B for B, _ in seen) != 3:
         fail("batch_size is not handed on", "40 ids, context = 5, batch_size = 3", "B = 3", f"B = {max(B for B, _ in seen)}")
     seen = []
@@ -316,7 +316,7 @@ def _streams(evaluate_bits_per_byte) -> None:
     for few in (0, 1):
         refuses(lambda few=few: evaluate_bits_per_byte(running(7), torch.zeros(few, dtype=torch.long), sizes), f"{few} ids", "fewer than two ids")
     two = torch.tensor([2, 3])
-    number(evaluate_bits_per_byte(running(7), two, sizes), wanted(256, two), "two ids", "two ids are enough: one to read, one to predict")
+    close(evaluate_bits_per_byte(running(7), two, sizes), wanted(256, two), "two ids", "two ids are enough: one to read, one to predict")
 
 
 def watched(training: bool) -> tuple[nn.Module, list]:
@@ -380,9 +380,9 @@ def check_three_numbers(first_loss, mixed, first_bits):
     for name, value, wanted, given, words, likely in answers:
         if isinstance(value, bool) or not isinstance(value, int | float):
             fail(f"{name} must be a number", given, got=repr(value))
-        close = [mistake for mistake, wrong in likely.items() if math.isclose(value, wrong, rel_tol=0.005)]
+        hits = [mistake for mistake, wrong in likely.items() if math.isclose(value, wrong, rel_tol=0.005)]
         if not math.isclose(value, wanted, rel_tol=0.01):
-            fail(f"{name}: {(close or [words])[0]}", given, got=float(f"{value:.4g}"))
+            fail(f"{name}: {(hits or [words])[0]}", given, got=float(f"{value:.4g}"))
 
 
 @exercise("validation_loss")
@@ -395,7 +395,7 @@ def check_validation_loss(validation_loss):
     def stretched(x):
         return ((x[:4].mean() + x[4:].mean()) * 4 / 7).item()
 
-    number(validation_loss(lambda x: table[x], ids, 4), s.mean().item(), given, "it is still not the mean surprise of the seven labels", {
+    close(validation_loss(lambda x: table[x], ids, 4), s.mean().item(), given, "it is still not the mean surprise of the seven labels", {
         "both bugs are still there": stretched(read),
         "one bug is left: a model that repeats what it read would be called perfect. What does labels hold?": read.mean(),
         "one bug is left: the last window has three labels, and its mean is multiplied by four": stretched(s),
@@ -406,7 +406,7 @@ def check_validation_loss(validation_loss):
     for length, context in ((9, 4), (6, 20), (12, 5), (7, 1), (2, 3)):
         ids = torch.randint(7, (length,))
         got = validation_loss(running(7), ids, context)
-        number(got, by_token(running(7), ids, context) / (length - 1), f"{length} ids, context = {context}", "right for the first case, and not here")
+        close(got, by_token(running(7), ids, context) / (length - 1), f"{length} ids, context = {context}", "right for the first case, and not here")
 
 
 def smooth(counts: torch.Tensor, d: float, mistake: str = "") -> torch.Tensor:
@@ -506,7 +506,7 @@ def check_floor(predicted_below, entropy_rate, losses, measured):
     two = torch.tensor([[0.9, 0.1], [0.5, 0.5]])
     rows = -(two * two.log()).sum(-1)
     given = "p = [[.9, .1], [.5, .5]]: of a long text, 5 of 6 tokens are 0"
-    number(entropy_rate(two), rate(two), given, "it is not the mean surprise of the rows, by how often each row is used", {
+    close(entropy_rate(two), rate(two), given, "it is not the mean surprise of the rows, by how often each row is used", {
         "every row counts alike; weigh each by how often its token comes": rows.mean(),
         "this is in bits; nats were asked for": rate(two) / math.log(2),
         "this is the sum over the rows; weigh each by how often its token comes": rows.sum(),
@@ -516,7 +516,7 @@ def check_floor(predicted_below, entropy_rate, losses, measured):
     })  # fmt: skip
     for V in (3, 6):
         table = (2 * torch.randn(V, V)).softmax(-1)
-        number(entropy_rate(table), rate(table), f"a random table ({V}, {V})", "right for two tokens, and not here", tolerance=1e-3)
+        close(entropy_rate(table), rate(table), f"a random table ({V}, {V})", "right for two tokens, and not here", tolerance=1e-3)
     source = (1.5 * torch.randn(30, 30, generator=torch.Generator().manual_seed(3))).softmax(-1)
     new, right = some_text(source, 10_000, 2), {}
     for n in (300, 3_000, 30_000):
@@ -541,7 +541,7 @@ def _two_losses(got: object, wanted: tuple[float, float], given: str, tolerance:
         fail("there are two losses: on the counted text, and on new text", given, got=got)
     bits = tuple(value / math.log(2) for value in wanted)
     for name, value, right, other, bit in zip(("counted", "new"), got, wanted, wanted[::-1], bits, strict=True):
-        number(value, right, f"{given}, the loss on {name} text", "the loss is not that of the smoothed counts of text(n, 1)", {
+        close(value, right, f"{given}, the loss on {name} text", "the loss is not that of the smoothed counts of text(n, 1)", {
             "the two losses are swapped, or both are of the same text": other,
             "this is in bits; nats were asked for": bit,
             "the minus sign is missing": -right,

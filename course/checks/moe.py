@@ -399,7 +399,7 @@ def _balance_gradient(load_balancing_loss) -> None:
 # -- beyond
 
 
-def number(value: object, wanted: float, name: str, given: str, mistakes: dict[str, float], words: str) -> None:
+def written_number(value: object, wanted: float, name: str, given: str, mistakes: dict[str, float], words: str) -> None:
     """A number that the reader wrote down."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         fail(f"{name} must be a number", given, got=repr(value))
@@ -413,20 +413,20 @@ def number(value: object, wanted: float, name: str, given: str, mistakes: dict[s
 @exercise("widths")
 def check_widths(same_width, stored, used):
     C, width, expert, router = 512, 8 * 512 / 3, 3 * 160 * 448, 8 * 160
-    number(same_width, 64 * math.ceil(width / 64), "same_width", "C = 512, two matrices C x 4C", {
+    written_number(same_width, 64 * math.ceil(width / 64), "same_width", "C = 512, two matrices C x 4C", {
         "it is not rounded up to a multiple of 64": math.ceil(width), "it is rounded down; up was asked for": 64 * math.floor(width / 64),
         "this is the width of the plain layer; SwiGLU has three matrices, so it must be narrower": 4 * C,
         "the plain layer has two matrices of 4 C^2 weights each": 64 * math.ceil(width / 128),
         "SwiGLU has three matrices, not two": 8 * C,
     }, "solve 3 C I = 8 C^2 for I, then round up")  # fmt: skip
     layer = "C = 160, I = 448, eight experts, a router"
-    number(stored, 8 * expert + router, "stored", layer, {
+    written_number(stored, 8 * expert + router, "stored", layer, {
         "the router is missing: a row of C numbers for each expert": 8 * expert, "this is one expert; all eight lie in memory": expert,
         "this is one expert and the router; all eight lie in memory": expert + router,
         "an expert has three matrices, not two": 8 * 2 * 160 * 448 + router, "the router has no bias": 8 * expert + router + 8,
         "this is what two experts need; all eight lie in memory": 2 * expert + router,
     }, "eight experts of 3 C I weights, and a router of E C")  # fmt: skip
-    number(used, 2 * expert + router, "used", f"{layer}, top-2", {
+    written_number(used, 2 * expert + router, "used", f"{layer}, top-2", {
         "the router is missing: every token is compared with all of its rows": 2 * expert, "this is all that is stored": 8 * expert + router,
         "the whole router works for each token, not only two of its rows": 2 * expert + 2 * 160, "top-2 uses two experts": expert + router,
     }, "two experts of 3 C I weights, and the whole router")  # fmt: skip
