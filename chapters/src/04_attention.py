@@ -785,7 +785,7 @@ show(fig, "Above the line the matrices are faster than the fused kernel: on a pr
 # The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `MATRICES_UP_TO`
 # positions, and pays with memory: it keeps one table of shares per head (chapter 7 counts it).
 #
-# **Try it.** Write `attention_blocks(q, k, v, block)`, which loops over blocks of keys and keeps a running maximum and a running sum, so that no $T \times S$ table exists.
+# **Try it.** Write `attention_by_keys(q, k, v, block)`, which loops over blocks of keys and keeps a running maximum and a running sum, so that no $T \times S$ table exists.
 #
 # ## 4.9 A model that copies
 #

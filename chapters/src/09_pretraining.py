@@ -349,7 +349,7 @@ else:
 
 # %% [markdown]
 # A compiled step rounds in other places, so the run ends with slightly other weights. The `cpu` profile measures this rung and then trains without it: its numbers should not depend on
-# whether you have a compiler.
+# whether you have a compiler. Its key `compile_run` changes that.
 
 # %% id="pretrain-compile-run"
 compiled_run = compiled_pays and size.compile_run
