@@ -512,11 +512,12 @@ def attention_in_blocks(
     Shapes as there, with as many keys as queries; the mask (..., T, T) must include
     causality.
     """
-    ends = range(BLOCK, q.shape[2] + BLOCK, BLOCK)
-    return torch.cat([grouped_attention(q[:, :, end - BLOCK : end], k[:, :, :end],
-                                        v[:, :, :end],
-                                        attention_mask[..., end - BLOCK : end, :end])
-                      for end in ends], dim=2)  # fmt: skip
+    parts = []
+    for end in range(BLOCK, q.shape[2] + BLOCK, BLOCK):
+        block = q[:, :, end - BLOCK : end]
+        mask = attention_mask[..., end - BLOCK : end, :end]
+        parts.append(grouped_attention(block, k[:, :, :end], v[:, :, :end], mask))
+    return torch.cat(parts, dim=2)
 
 # %% [markdown]
 # A third door, `kv_cache`, hands back the keys and values of all positions so far (chapter 10).
