@@ -420,7 +420,8 @@ for event in profiler.key_averages():
 percent = {kind: 100 * value / sum(spent.values()) for kind, value in spent.items()}
 
 # %% [markdown]
-# Matrix products are the work itself. Attention moves many numbers for little arithmetic, and on a processor it costs far more than its share of the operations. The rest is overhead that a compiler could shrink.
+# Matrix products are the work itself. On a processor, and in a model this narrow, they are the smaller part: norms, rotations and additions do little arithmetic, and yet each reads and writes every
+# number once more. These are what the compiler joined on the last rung.
 
 # %% id="pretrain-profile-figure"
 fig, ax = plt.subplots(figsize=(7, 2.5))
