@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .attention import BLOCK, MATRICES_UP_TO, Attention, causal_mask
+from .attention import MATRICES_UP_TO, QUERY_BLOCK, Attention, causal_mask
 from .moe import MoE, SwiGLU, load_balancing_loss
 from .rope import apply_rope, rope_cos_sin, rope_frequencies
 
@@ -348,8 +348,10 @@ def training_memory(
     copies = 0 if number == 4 else 2 * matmul_parameters(config, config.num_experts)
     norm = 8 if device == "cpu" else number
     matrices = device == "cpu" and precision == "bf16" and T <= MATRICES_UP_TO
-    keys = [min(query // BLOCK * BLOCK + BLOCK, T) for query in range(T)]  # of a query
-    table = sum(keys) // T if matrices else 0
+    starts = range(0, T, QUERY_BLOCK)  # each block: its queries times the keys it reads
+    ends = [min(start + QUERY_BLOCK, T) for start in starts]
+    shares = sum((end - start) * end for start, end in zip(starts, ends))
+    table = shares // T if matrices else 0
     kept = activation_bytes(config, number, norm, table)
     memory = {
         "parameters": parameters,

@@ -248,7 +248,7 @@ def test_blocks_change_nothing(T, mask, monkeypatch):
     q, k, v = torch.randn(2, 4, T, 8), torch.randn(2, 2, T, 8), torch.randn(2, 2, T, 8)
     allowed = causal_mask(T) if mask == "causal" else causal_mask(T) & (torch.rand(2, 1, T, T) > 0.5) | torch.eye(T, dtype=torch.bool)
     whole = value_and_gradients(lambda *qkv: grouped_attention(*qkv, allowed), q, k, v)
-    monkeypatch.setattr(module, "BLOCK", 6)
+    monkeypatch.setattr(module, "QUERY_BLOCK", 6)
     keys = []
     monkeypatch.setattr(module, "grouped_attention", lambda q, k, v, m: keys.append(k.shape[2]) or grouped_attention(q, k, v, m))
     for a, b in zip(value_and_gradients(lambda *qkv: attention_in_blocks(*qkv, allowed), q, k, v), whole, strict=True):

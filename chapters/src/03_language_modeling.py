@@ -575,8 +575,10 @@ def ngram_probabilities(train: np.ndarray, test: np.ndarray,
 small, context = train_ids[:2000].numpy(), train_ids[100:102].tolist()
 known = np.unique(small)
 new = np.setdiff1d(np.arange(V), known)  # all of these get the same probability
+
 def p_of(w):
     return ngram_probabilities(small, np.array([*context, w]), 3)[2][-1]
+
 assert abs(sum(p_of(w) for w in known) + len(new) * p_of(new[0]) - 1) < 1e-9
 
 # %% [markdown]

@@ -501,7 +501,7 @@ def matrices_are_faster(q: torch.Tensor, k: torch.Tensor) -> bool:
 
 # %% id="attention-in-blocks"
 #| export
-BLOCK = 256  # queries in a block
+QUERY_BLOCK = 256  # queries in a block
 
 
 def attention_in_blocks(
@@ -513,9 +513,9 @@ def attention_in_blocks(
     causality.
     """
     parts = []
-    for end in range(BLOCK, q.shape[2] + BLOCK, BLOCK):
-        block = q[:, :, end - BLOCK : end]
-        mask = attention_mask[..., end - BLOCK : end, :end]
+    for end in range(QUERY_BLOCK, q.shape[2] + QUERY_BLOCK, QUERY_BLOCK):
+        block = q[:, :, end - QUERY_BLOCK : end]
+        mask = attention_mask[..., end - QUERY_BLOCK : end, :end]
         parts.append(grouped_attention(block, k[:, :, :end], v[:, :, :end], mask))
     return torch.cat(parts, dim=2)
 
@@ -779,8 +779,8 @@ ax.minorticks_off()
 if faster_by:
     ax.legend()
 show(fig, "Above the line the matrices are faster than the fused kernel: on a processor "
-          "that is so in 16-bit numbers and short rows. In float32, and at 1,024 "
-          "positions, they gain little or nothing.")
+          "that is so in 16-bit numbers and short rows. In float32 they lose, and at "
+          "1,024 positions little of the gain is left.")
 
 # %% [markdown]
 # The kernel's backward pass is what is slow there. So the layer of 4.7 takes the matrices for training in 16 bits up to `MATRICES_UP_TO`

@@ -1157,7 +1157,9 @@ for extra in (0, 20, 60):
     every, ours = padded(extra)
     print(f"{extra:2} places of padding: over every place {every:.3f}, learned "
           f"{ours:.3f}")
-assert abs(padded(0)[1] - padded(60)[1]) < 1e-3 < abs(padded(0)[0] - padded(60)[0])
+assert abs(padded(0)[1] - padded(60)[1]) < 1e-3
+if chapter.max_steps is None:  # two models of two steps hardly differ anywhere
+    assert abs(padded(0)[0] - padded(60)[0]) > 1e-3
 
 # %% [markdown]
 # The right number does not care. The wrong one moves with the padding, and so does the gradient: the student spends its weights on what the teacher would say about nothing.
@@ -1239,7 +1241,8 @@ moved_quality = bits_per_byte_of(inside.teacher)
 print(f"loss {loss:.2f}; teacher {teacher_quality:.3f}, then {moved_quality:.3f} bits "
       "per byte")
 assert abs(bits_per_byte_of(teacher) - teacher_quality) < 1e-3  # ours is untouched
-assert moved_quality > teacher_quality or profile == "smoke"
+if chapter.max_steps is None:  # a teacher of two steps has nothing to lose
+    assert moved_quality > teacher_quality or profile == "smoke"
 
 # %% [markdown]
 # The loss is almost gone and nothing was learned: the teacher gave in. Watch a number that the teacher cannot move: bits per byte on held-out text.
