@@ -1212,8 +1212,9 @@ def scaled(length, kind):
 # **Before you run this**: one of the four does more harm than doing nothing. Which?
 
 # %% id="evaluate-rope-measure"
-kinds, lengths = ("plain", "linear", "NTK", "YaRN"), chapter.size.lengths
-rope = {}
+kinds, rope = ("plain", "linear", "NTK", "YaRN"), {}
+# a little text of one's own may hold no row of the longest
+lengths = [length for length in chapter.size.lengths if length < len(valid_tokens)]
 for kind, length in product(kinds, lengths):
     # up to the trained length nothing is stretched
     stretched = length > trained and kind != "plain"
