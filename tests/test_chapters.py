@@ -28,16 +28,30 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {**{key: value for key, value in os.environ.items() if key not in READERS}, **more}
 
 
+@pytest.fixture(scope="session")
+def two_at_a_time():
+    """The long runs share two cores: one thread each, two of them at a time."""
+    pool = ThreadPoolExecutor(2)
+    yield pool
+    pool.shutdown(cancel_futures=True)
+
+
+def python(*arguments: str, where: Path, **more: str) -> subprocess.CompletedProcess:
+    environment = clean_environment(OMP_NUM_THREADS="1", **more)
+    return subprocess.run([sys.executable, *arguments], cwd=where, env=environment, capture_output=True, text=True)
+
+
 # -- the whole course at the smoke profile
 
 
 @pytest.fixture(scope="session")
-def smoke_run(tmp_path_factory):
+def smoke_run(two_at_a_time, tmp_path_factory, request):
     """One run of all chapters at the smoke profile, in a folder of its own: what it printed and where it lies."""
     runs = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "course", "run", "--profile", "smoke", "--name", "smoke"]
-    done = subprocess.run(command, cwd=ROOT, env=clean_environment(MINIMIND_RUNS=str(runs)), capture_output=True, text=True)
-    return done, runs / "smoke"
+    command = ("-m", "course", "run", "--profile", "smoke", "--name", "smoke")
+    running = two_at_a_time.submit(python, *command, where=ROOT, MINIMIND_RUNS=str(runs))
+    request.getfixturevalue("alone")  # these begin meanwhile, if they were asked for
+    return running.result(), runs / "smoke"
 
 
 @pytest.mark.timeout(1700)  # the first of these tests waits for the whole run
@@ -116,8 +130,7 @@ def run_alone(name: str, clones: Queue, out: Path) -> tuple[subprocess.Completed
     try:
         shutil.rmtree(place / "runs", ignore_errors=True)
         before = tree(place)
-        command = [sys.executable, "-c", EXECUTE, str(place / "chapters" / f"{name}.ipynb"), str(out), str(place)]
-        done = subprocess.run(command, cwd=place, env=clean_environment(OMP_NUM_THREADS="1"), capture_output=True, text=True)
+        done = python("-c", EXECUTE, str(place / "chapters" / f"{name}.ipynb"), str(out), str(place), where=place)
         left = {path.name for path in (place / "runs").iterdir()} if (place / "runs").exists() else set()
         return done, tree(place) ^ before, left
     finally:
@@ -125,16 +138,14 @@ def run_alone(name: str, clones: Queue, out: Path) -> tuple[subprocess.Completed
 
 
 @pytest.fixture(scope="session")
-def alone(request, tmp_path_factory):
-    """The chapters that were asked for, two at a time, each by itself."""
+def alone(two_at_a_time, tmp_path_factory, request):
+    """The chapters that were asked for, each by itself."""
     folder, clones = tmp_path_factory.mktemp("alone"), Queue()
     for number in range(2):
         clones.put(clone(folder / f"clone-{number}"))
     same = [item for item in request.session.items if getattr(item, "function", None) is test_chapter_alone_on_a_fresh_clone]
     names = [item.callspec.params["name"] for item in same]
-    pool = ThreadPoolExecutor(2)
-    yield {name: pool.submit(run_alone, name, clones, folder / f"{name}.ipynb") for name in names}
-    pool.shutdown(cancel_futures=True)
+    return {name: two_at_a_time.submit(run_alone, name, clones, folder / f"{name}.ipynb") for name in names}
 
 
 @pytest.mark.timeout(600)
