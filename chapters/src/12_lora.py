@@ -108,7 +108,7 @@ if questions:
     sizes = artifacts.about(data)["world"]  # how the world of this model was made
     world = make_world(sizes["people"], sizes.get("seed", 1))
     # another world: other facts
-    strangers = make_world(max(40, 4 * chapter.size.people), seed=2)
+    strangers = make_world(max(40, 4 * chapter.size.people), seed=world.seed + 1)
     # read in stories, without facts
     names = world.names[len(world.people) :][: chapter.size.people]
     newcomers = [replace(person, name=name)
