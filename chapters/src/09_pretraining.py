@@ -768,11 +768,10 @@ gain = chapter.record("moe/gain_bits_per_byte", at["dense"] - at["experts"])
 slower = seconds["experts"] / seconds["dense"]
 
 # %% [markdown]
-# **Did you expect a gain?** Per token, it depends on when you look. Early on the experts are behind: each has read
-# a quarter of the text, and its output is scaled by a router that is still unsure. With the settings of the cpu profile they were 0.04 bits per byte behind
-# after 400 steps (two runs) and 0.01 ahead after 600 (one run). Per second they lose: sorting tokens
-# to experts costs more than it saves. Larger models that read thousands of times more are another matter (Fedus, Zoph and Shazeer 2021);
-# this course claims only what it measured.
+# **Did you expect a gain?** See how the curves run: both models soon reach a plateau, near 1.5 nats a token with the settings of the cpu profile, stay there for a while, and fall again. Whoever leaves the plateau first
+# is ahead, and when that happens is luck. After 400 steps the experts were 0.04 bits per byte behind (two runs); after 600 steps 0.01 ahead, and with another seed of the world 0.11 behind. So one pair of runs
+# says nothing about experts. It takes several seeds, or runs to the end. Per second they lose every time: sorting tokens to experts costs more than it saves. Larger models that read thousands of times more are
+# another matter (Fedus, Zoph and Shazeer 2021); this course claims only what it measured.
 
 # %% id="pretrain-moe-figure"
 fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.8), sharey=True)
@@ -781,7 +780,8 @@ for name, run in (("dense", history), ("4 experts", moe_history)):
     loss = [means["cross_entropy"] for means in run.metrics[:upto]]
     left.plot(run.step[:upto], loss, label=name)
     right.plot(run.seconds[:upto], loss)
-left.set(xlabel="step", ylabel="loss (nats per token)")
+low = min(loss)  # the first fall is the same for both: cut off
+left.set(xlabel="step", ylabel="loss (nats per token)", ylim=(0.9 * low, 2 * low))
 right.set(xlabel="seconds")
 left.legend()
 show(fig, f"Dense against four experts: {-gain:+.3f} bits per byte for the experts at "

@@ -1268,7 +1268,7 @@ if outsiders:
 
 # %% [markdown]
 # A name that no text holds is cut into pieces that the model has met only inside other names. At the cpu profile each piece costs 7.5 nats before and 0.8 after, where a known name costs 0.01. The adapter cannot change the rows of these pieces: it sits in the
-# feed-forward layers, and the embedding, which is also the output layer here, is frozen. What that costs depends on how well pretraining has trained these rows. This model has read 400 names, and 90% of the answers come out right; an earlier one, whose world had 200 names, got 5 to 14%: it could
+# feed-forward layers, and the embedding, which is also the output layer here, is frozen. What that costs depends on how well pretraining has trained these rows. This model has read 400 names, and 90% of the answers come out right (68% with another seed of the world); an earlier one, whose world had 200 names, got 5 to 14%: it could
 # neither tell such names apart nor say them. LoRA teaches new facts about known words; for new words, train their rows of the embedding too (PEFT: `trainable_token_indices`).
 #
 # **Try it.** Let the embedding rows of these pieces train beside the adapter. How many weights is that, and do the outsiders come in?
