@@ -768,7 +768,7 @@ gain = chapter.record("moe/gain_bits_per_byte", at["dense"] - at["experts"])
 slower = seconds["experts"] / seconds["dense"]
 
 # %% [markdown]
-# **Did you expect a gain?** See how the curves run: both models soon reach a plateau, near 1.5 nats a token with the settings of the cpu profile, stay there for a while, and fall again. Whoever leaves the plateau first
+# **Did you expect a gain?** See how the curves below run: both models soon reach a plateau, near 1.5 nats a token with the settings of the cpu profile, stay there for a while, and fall again. Whoever leaves the plateau first
 # is ahead, and when that happens is luck. After 400 steps the experts were 0.04 bits per byte behind (two runs); after 600 steps 0.01 ahead, and with another seed of the world 0.11 behind. So one pair of runs
 # says nothing about experts. It takes several seeds, or runs to the end. Per second they lose every time: sorting tokens to experts costs more than it saves. Larger models that read thousands of times more are
 # another matter (Fedus, Zoph and Shazeer 2021); this course claims only what it measured.
